@@ -60,11 +60,11 @@ def sigmoid(x: Tensor) -> Tensor:
     r"""``σ(x) = 1 / (1 + e^{-x})``，按符号分两支计算，指数永远不为正，因此不会溢出。
 
     两支的输入先各自截断（先 where 再 exp）：否则未被选中的一支仍会产生 inf，
-    反向传播时 ``0 · inf = nan``。
+    反向传播时 ``0 · inf = nan``。nan 与谁比较都为假，因此两支都把它留下。
     """
     zero = torch.zeros_like(x)
-    e_neg = torch.exp(-torch.where(x >= 0, x, zero))  # x ≥ 0 的一支
-    e_pos = torch.exp(torch.where(x < 0, x, zero))  # x < 0 的一支
+    e_neg = torch.exp(-torch.where(x < 0, zero, x))  # x ≥ 0 的一支
+    e_pos = torch.exp(torch.where(x >= 0, zero, x))  # x < 0 的一支
     return torch.where(x >= 0, 1 / (1 + e_neg), e_pos / (1 + e_pos))
 
 

@@ -129,18 +129,19 @@ def read_csv(path: Path, column: str) -> tuple[Tensor, Tensor]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             header, *rows = csv.reader(stream)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, csv.Error) as error:
         raise UserError(f"{path} 不是 UTF-8 编码的带表头的 CSV（{error}）") from error
     if column not in header or len(header) < 2:
         raise UserError(f"{path} 没有 --column {column!r} 这一列：有 {'、'.join(header)}")
     if len(rows) < 20:
         raise UserError(f"{path} 只有 {len(rows)} 行数据：至少要 20 行才分得出三个划分")
-    values = torch.empty(len(rows), len(header))
-    for number, row in enumerate(rows):
+    cells = []
+    for number, row in enumerate(rows, start=2):
         try:
-            values[number] = torch.tensor([float(cell) for cell in row])
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"{path} 第 {number + 2} 行应为 {len(header)} 个数：{row}") from error
+            cells.append([float(cell) for cell, _ in zip(row, header, strict=True)])
+        except ValueError as error:
+            raise UserError(f"{path} 第 {number} 行应为 {len(header)} 个数：{row}") from error
+    values = torch.tensor(cells)
     if not values.isfinite().all():
         raise UserError(f"{path} 里有 nan 或 inf：请先补全或删去这些行")
     target = header.index(column)

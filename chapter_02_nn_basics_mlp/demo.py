@@ -28,7 +28,7 @@ from tqdm import tqdm
 if not __package__:  # 直接运行脚本时，把仓库根目录加入模块搜索路径
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from chapter_02_nn_basics_mlp import figures
+from chapter_02_nn_basics_mlp import demo_figures
 from chapter_02_nn_basics_mlp.activations import ACTIVATIONS, Softmax
 from chapter_02_nn_basics_mlp.approximation import (
     FourierFeatures,
@@ -121,7 +121,7 @@ def topic_activations(seed: int, smoke: bool) -> Outcome:
     curves = {n: (a.value(x), a.prime(x)) for n, a in ACTIVATIONS.items() if n != "identity"}
     for name, (_, prime) in curves.items():
         print(f"  {name:10s} 导数的范围 [{prime.min():.3f}, {prime.max():.3f}]")
-    return Outcome(figures.activations_figure(x.numpy(), curves), [])
+    return Outcome(demo_figures.activations_figure(x.numpy(), curves), [])
 
 
 def topic_losses(seed: int, smoke: bool) -> Outcome:
@@ -130,7 +130,7 @@ def topic_losses(seed: int, smoke: bool) -> Outcome:
     print(f"  float32 logits {logits.tolist()[0]}")
     print(f"  字面写法 log Σ e^x = {log_sum_exp_naive(logits).item()}（溢出）")
     print(f"  先减最大值         = {log_sum_exp(logits).item()}")
-    return Outcome(figures.losses_figure(), [])
+    return Outcome(demo_figures.losses_figure(), [])
 
 
 # ---------------------------------------------------------------- 初始化与排错
@@ -152,7 +152,7 @@ def topic_init(seed: int, smoke: bool) -> Outcome:
             )
     forward, _ = signals["relu"]["Kaiming"]
     expectation = Check("Kaiming + ReLU：第 12 层与第 1 层激活之比", 0.0, (0.5, 1.0))
-    figure = figures.init_figure(signals)
+    figure = demo_figures.init_figure(signals)
     return Outcome(figure, [(expectation, forward[-1] / forward[0])])
 
 
@@ -177,7 +177,7 @@ def topic_dead_relu(seed: int, smoke: bool) -> Outcome:
                 for lr, share in zip(rates, dead[activation], strict=True)
             )
         )
-    return Outcome(figures.dead_relu_figure(rates, dead), [])
+    return Outcome(demo_figures.dead_relu_figure(rates, dead), [])
 
 
 def topic_debug(seed: int, smoke: bool) -> Outcome:
@@ -205,7 +205,7 @@ def topic_debug(seed: int, smoke: bool) -> Outcome:
             curves["healthy"][0][-1],
         ),
     ]
-    return Outcome(figures.debug_figure(curves, ln_c), results)
+    return Outcome(demo_figures.debug_figure(curves, ln_c), results)
 
 
 # ---------------------------------------------------------------- 万能逼近
@@ -223,12 +223,12 @@ def topic_construct(seed: int, smoke: bool) -> Outcome:
         panels.append((epsilon, pieces, network))
         print(f"  ε = {epsilon:<5g} 需要 {pieces:4d} 个神经元，实测最大误差 {error:.2e}")
     expectation = Check("构造的网络：最大误差 ÷ ε", 10.0, (1.0, 0.0), floor=0.0)
-    return Outcome(figures.construct_figure(panels, TARGETS["sine"]), [(expectation, ratio)])
+    return Outcome(demo_figures.construct_figure(panels, TARGETS["sine"]), [(expectation, ratio)])
 
 
 def topic_width(seed: int, smoke: bool) -> Outcome:
     """误差随宽度怎样下降？构造的网络与训练出的网络相比如何？"""
-    widths = [4, 8] if smoke else [4, 8, 16, 32, 64, 128]
+    widths = [4, 8, 16] if smoke else [4, 8, 16, 32, 64, 128]
     function = TARGETS["sine"]
     built = [max_error(build_relu_network(function, w), function) for w in widths]
     x = torch.linspace(-1, 1, 257).unsqueeze(1)
@@ -249,7 +249,7 @@ def topic_width(seed: int, smoke: bool) -> Outcome:
         print(f"  宽 {width:4d}  构造 {a:.2e}  训练 {b:.2e}")
     print(f"  构造的网络：误差 ∝ 宽度^{slope:.2f}")
     expectation = Check("构造的网络：误差对宽度的对数斜率", 0.0, (-1.8, -2.2))
-    figure = figures.width_figure(widths, {"constructed": built, "trained (Adam)": trained})
+    figure = demo_figures.width_figure(widths, {"constructed": built, "trained (Adam)": trained})
     return Outcome(figure, [(expectation, slope)])
 
 
@@ -267,7 +267,7 @@ def topic_depth(seed: int, smoke: bool) -> Outcome:
         (2 ** depths[-1],) * 2,
         floor=2 ** depths[-1],
     )
-    figure = figures.depth_figure(depths, deep, shallow, networks[:4])
+    figure = demo_figures.depth_figure(depths, deep, shallow, networks[:4])
     return Outcome(figure, [(expectation, float(deep[-1]))])
 
 
@@ -292,7 +292,7 @@ def topic_spectral(seed: int, smoke: bool) -> Outcome:
             for k, r in zip(frequencies, reached, strict=True)
         )
         print(f"  {name:24s} 各频率误差首次低于 10% 的步数：{listed}")
-    return Outcome(figures.spectral_figure(records, frequencies), [])
+    return Outcome(demo_figures.spectral_figure(records, frequencies), [])
 
 
 # ---------------------------------------------------------------- 泛化
@@ -310,7 +310,7 @@ def topic_polynomial(seed: int, smoke: bool) -> Outcome:
     learning = [polynomial_errors(12, noisy_sine(size, generator), test) for size in sizes]
     print(f"  验证集选中 {chosen} 次：测试 MSE {on_test[chosen - 1]:.4f}，下限 {NOISE**2:.4f}")
     print(f"  最高的 {degrees[-1]} 次：训练 {on_val[-1][0]:.4f}，测试 {on_test[-1]:.3g}")
-    figure = figures.polynomial_figure(
+    figure = demo_figures.polynomial_figure(
         degrees, [a for a, _ in on_val], on_test, chosen, sizes, learning, NOISE**2
     )
     expectation = Check(
@@ -336,7 +336,7 @@ def topic_descent(seed: int, smoke: bool) -> Outcome:
         f"{test[widths.index(100)]:.1f}，宽度 {widths[-1]} 时 {test[-1]:.2f}（{repeats} 次中位数）"
     )
     expectation = Check("测试 MSE：最宽 ÷ 插值门槛之前最好的", 10.0, (0.8, 0.3))
-    figure = figures.descent_figure(widths, train, test, 100)
+    figure = demo_figures.descent_figure(widths, train, test, 100)
     return Outcome(figure, [(expectation, test[-1] / best_small)])
 
 
@@ -361,7 +361,7 @@ TOPICS: dict[str, Callable[[int, bool], Outcome]] = {
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(description="本章的实验")
-    add_common_args(parser, out_dir=HERE / "outputs" / "demo")
+    add_common_args(parser, out_dir=HERE / "outputs" / "demo", device=False)
     parser.add_argument("--topic", choices=["all", *TOPICS], default="all", help="专题")
     return parser.parse_args(argv)
 

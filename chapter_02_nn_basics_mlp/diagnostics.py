@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from chapter_02_nn_basics_mlp.initialization import GAINS, kaiming_normal_, xavier_normal_
+from chapter_02_nn_basics_mlp.initialization import kaiming_normal_, xavier_normal_
 from chapter_02_nn_basics_mlp.losses import cross_entropy
 from chapter_02_nn_basics_mlp.mlp import MLP
 
@@ -21,7 +21,7 @@ from chapter_02_nn_basics_mlp.mlp import MLP
 SCHEMES: dict[str, Callable[[Tensor, str, torch.Generator], Tensor]] = {
     "N(0, 0.01²)": lambda w, _, g: nn.init.normal_(w, 0.0, 0.01, generator=g),
     "N(0, 1)": lambda w, _, g: nn.init.normal_(w, 0.0, 1.0, generator=g),
-    "Xavier": lambda w, a, g: xavier_normal_(w, GAINS[a] if a == "tanh" else 1.0, g),
+    "Xavier": lambda w, _, g: xavier_normal_(w, 1.0, g),
     "Kaiming": kaiming_normal_,
 }
 

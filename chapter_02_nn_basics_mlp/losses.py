@@ -97,8 +97,8 @@ def softplus(x: Tensor) -> Tensor:
     ``log1p(u)`` 在 ``u`` 极小时仍准确，而 ``log(1 + u)`` 会得到 0。
     """
     zero = torch.zeros_like(x)
-    positive = x + torch.log1p(torch.exp(-torch.where(x >= 0, x, zero)))
-    negative = torch.log1p(torch.exp(torch.where(x < 0, x, zero)))
+    positive = x + torch.log1p(torch.exp(-torch.where(x < 0, zero, x)))
+    negative = torch.log1p(torch.exp(torch.where(x >= 0, zero, x)))
     return torch.where(x >= 0, positive, negative)
 
 

@@ -64,6 +64,8 @@ def hidden_frames(model: MLP, x: Tensor) -> dict[str, np.ndarray]:
     """
     frames = {"input": x.cpu().numpy()}
     states = model.hidden_states(x)
+    if not all(values.isfinite().all() for values in (*model.parameters(), *states)):
+        return frames  # 训练已发散，没有可投影的
     for depth, state in enumerate(states, start=1):
         centered = (state - state.mean(dim=0)).cpu()
         _, _, components = torch.linalg.svd(centered, full_matrices=False)
@@ -73,7 +75,9 @@ def hidden_frames(model: MLP, x: Tensor) -> dict[str, np.ndarray]:
             direction = nn.functional.normalize(output[1] - output[0], dim=0)
             rest = centered - torch.outer(centered @ direction, direction)
             axes = torch.stack([direction, torch.linalg.svd(rest, full_matrices=False)[2][0]])
-        frames[f"hidden layer {depth}"] = (centered @ axes.T).numpy()
+        frame = centered @ axes.T  # (N, min(宽度, 2))
+        frame = nn.functional.pad(frame, (0, 2 - frame.shape[1]))  # 宽度为 1 的层补一列零
+        frames[f"hidden layer {depth}"] = frame.numpy()
     return frames
 
 

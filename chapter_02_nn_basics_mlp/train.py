@@ -112,9 +112,9 @@ def fit(
 
     checkpoints = CheckpointManager(folder)
     config = {key: str(getattr(args, key)) for key in CONFIG_KEYS} | {"name": name, "seed": seed}
-    saved = checkpoints.load_latest() if args.resume else checkpoints.clear()
+    saved = checkpoints.load_latest() if args.resume else None
     if saved is not None:
-        check_config(saved["config"], config)
+        check_config(saved.get("config", {}), config)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
@@ -149,7 +149,8 @@ def fit(
 
 
 # 这些参数不同，就不是同一次训练，不能续
-CONFIG_KEYS = ("task", "dataset", "epochs", "batch_size", "lr", "hidden", "activation", "smoke")
+_DATA_KEYS = ("task", "dataset", "data_dir", "csv", "column", "smoke")
+CONFIG_KEYS = (*_DATA_KEYS, "epochs", "batch_size", "lr", "hidden", "activation")
 
 
 def check_config(saved: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -170,7 +171,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_common_args(
         parser,
         out_dir=HERE / "outputs",
-        epochs=12,
+        epochs=10,
         batch_size=128,
         lr=2e-3,
         datasets=IMAGE_DATASETS,
@@ -202,6 +203,9 @@ def run_seeds(
     histories: dict[str, list] = {}
     scores: dict[str, list[float]] = {}
     models: dict[str, nn.Module] = {}
+    if not args.resume:  # 旧的一个不留：否则中断之后续训，会接上从前另一次训练的检查点
+        for folder in (out_dir / "checkpoints").glob("*"):
+            CheckpointManager(folder).clear()
     for name, hidden in ((task.baseline, ()), ("mlp", args.hidden)):
         for seed in range(args.seed, args.seed + args.seeds):
             set_seed(seed)
@@ -223,6 +227,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     out_dir = prepare_out_dir(args.out_dir)
     set_seed(args.seed)
     device = get_device(args.device)
+    torch.set_num_threads(1)  # 网络小，多线程的同步比运算还贵；核忙的时候更要慢好几倍
     print(f"设备  {device.describe()}")
     with Timer(device) as timer:
         task = make_task(

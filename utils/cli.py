@@ -135,6 +135,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self._option_string_actions["--help"].help = "显示这份说明并退出"
 
     def error(self, message: str) -> NoReturn:
+        """打印一行中文错误并以退出码 2 结束。"""
         for pattern, replacement in _TRANSLATIONS:
             translated, hits = re.subn(f"^{pattern}$", replacement, message)
             if hits:
@@ -159,6 +160,7 @@ def add_common_args(
     lr: float | None = None,
     datasets: Sequence[str] = (),
     resume: bool = False,
+    device: bool = True,
 ) -> None:
     """加入全书统一的参数；取 ``None`` 的几项表示该脚本不需要它。
 
@@ -167,6 +169,7 @@ def add_common_args(
         epochs, batch_size, lr: 默认值。
         datasets: 非空时加入 ``--dataset --data-dir --download``，第一项为默认数据集。
         resume: 是否加入 ``--resume``。
+        device: 是否加入 ``--device``；只在 CPU 上做小实验的脚本不需要。
     """
     add = parser.add_argument
     if epochs is not None:
@@ -176,7 +179,8 @@ def add_common_args(
     if lr is not None:
         add("--lr", type=positive_float, default=lr, metavar="X", help="（峰值）学习率")
     add("--seed", type=seed_int, default=0, metavar="N", help="随机种子")
-    add("--device", default="auto", metavar="D", help="auto、cpu、cuda、cuda:N 或 mps")
+    if device:
+        add("--device", default="auto", metavar="D", help="auto、cpu、cuda、cuda:N 或 mps")
     if datasets:
         add("--dataset", choices=datasets, default=datasets[0], help="数据集")
         add(

@@ -53,11 +53,7 @@ STYLE: dict[str, Any] = {
 }
 matplotlib.rcParams.update(STYLE)
 
-# 装饰器：matplotlib 在画线、写标题时才读设置，所以每个画图的函数都要在统一风格之下运行
-styled = matplotlib.rc_context(STYLE)
 
-
-@styled
 def new_figure(
     rows: int = 1,
     columns: int = 1,
@@ -79,7 +75,6 @@ def new_figure(
     return figure, figure.subplots(rows, columns, squeeze=False, **subplots)
 
 
-@styled
 def save_figure(figure: Figure, path: Path) -> Path:
     """原子地存成 PNG，至多 200 KB：先减到 256 色，仍然太大再逐步降低分辨率。"""
     from PIL import Image  # matplotlib 自身依赖 Pillow
@@ -102,7 +97,6 @@ def save_figure(figure: Figure, path: Path) -> Path:
 # ---------------------------------------------------------------- 画在一个子图上
 
 
-@styled
 def plot_curves(
     axes: Axes,
     curves: Mapping[str, Sequence[float]],
@@ -138,7 +132,6 @@ def plot_curves(
         axes.legend()
 
 
-@styled
 def heatmap(
     axes: Axes,
     values: np.ndarray,
@@ -172,7 +165,6 @@ def heatmap(
     return image
 
 
-@styled
 def confusion_matrix(
     axes: Axes, counts: np.ndarray, class_names: Sequence[str], title: str = "confusion matrix"
 ) -> None:
@@ -196,7 +188,6 @@ def confusion_matrix(
             axes.text(column, row, f"{count}", ha="center", va="center", fontsize=7, color=color)
 
 
-@styled
 def image_grid(
     images: np.ndarray,
     titles: Sequence[str] | None = None,
