@@ -128,15 +128,16 @@ def read_csv(path: Path, column: str) -> tuple[Tensor, Tensor]:
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            header, *rows = csv.reader(stream)
+            header, *lines = csv.reader(stream)
     except (ValueError, OSError, csv.Error) as error:
         raise UserError(f"{path} 不是 UTF-8 编码的带表头的 CSV（{error}）") from error
     if column not in header or len(header) < 2:
         raise UserError(f"{path} 没有 --column {column!r} 这一列：有 {'、'.join(header)}")
+    rows = [(number, row) for number, row in enumerate(lines, start=2) if row]  # 略过空行
     if len(rows) < 20:
         raise UserError(f"{path} 只有 {len(rows)} 行数据：至少要 20 行才分得出三个划分")
     cells = []
-    for number, row in enumerate(rows, start=2):
+    for number, row in rows:
         try:
             cells.append([float(cell) for cell, _ in zip(row, header, strict=True)])
         except ValueError as error:

@@ -144,7 +144,9 @@ def focal_grad(logits: Tensor, target: Tensor, gamma: float = 2.0, alpha: float 
 
 
 def kl_divergence(log_q: Tensor, p: Tensor) -> Tensor:
-    """``KL(p‖q) = Σ_j p_j (log p_j − log q_j)``，对样本取平均；``p_j = 0`` 的项为 0。
+    """``KL(p‖q) = Σ_j p_j (log p_j − log q_j)``，对样本取平均。
+
+    ``p_j = 0`` 而 ``q_j > 0`` 的项为 0。
 
     参数:
         log_q: 预测的对数概率 ``(B, C)``。

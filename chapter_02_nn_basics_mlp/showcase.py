@@ -94,9 +94,10 @@ def _draw_digits(task: Task, model: nn.Module, test: ImageBatches) -> dict[str, 
     worst = wrong[confidence.argsort(descending=True)][:GALLERY]
     drawn = {"confusion.png": confusion}
     if len(worst):
+        names = [name[:11] for name in task.class_names]
+        gap = "\n" if max(map(len, names)) > 3 else " "
         titles = [
-            f"{task.class_names[labels[i]]} → {task.class_names[predicted[i]]}"
-            f" ({probability[i, predicted[i]]:.2f})"
+            f"{names[labels[i]]} → {names[predicted[i]]}{gap}({probability[i, predicted[i]]:.2f})"
             for i in worst.tolist()
         ]
         drawn["mistakes.png"] = figures.gallery_figure(images[worst].numpy(), titles)

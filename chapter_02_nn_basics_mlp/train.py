@@ -171,7 +171,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_common_args(
         parser,
         out_dir=HERE / "outputs",
-        epochs=10,
+        epochs=8,
         batch_size=128,
         lr=2e-3,
         datasets=IMAGE_DATASETS,

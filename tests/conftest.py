@@ -24,10 +24,10 @@ from utils.seed import set_seed
 def fixed_state() -> None:
     """每个测试都从同一个全局状态开始，因此结果与测试的先后、取舍无关。
 
-    两个线程足够：与持续集成的两核机器一致，也不与邻居争抢。
+    一个线程：测试里的矩阵都很小，多线程只添乱；各脚本自己也会改线程数。
     """
     set_seed(0)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,15 +18,6 @@ from utils.file_io_util import REPO_ROOT, save_checkpoint
 
 SCRIPT = REPO_ROOT / "chapter_02_nn_basics_mlp" / "train.py"
 Fails = Callable[..., str]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """矩阵很小，一个线程最快。"""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -162,6 +153,13 @@ def test_csv(options: dict, message: str, fails: Fails, tmp_path: Path) -> None:
     extra = options.pop("extra", [])
     path = table(tmp_path / "t.csv", *extra, **options)
     assert re.search(message, fails("--task", "regression", "--csv", path, "--column", "y"))
+
+
+def test_csv_with_a_constant_target(fails: Fails, tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("\n".join(["a,y", *(f"{i},0.1" for i in range(30))]), encoding="utf-8")
+    error = fails("--task", "regression", "--csv", path, "--column", "y")
+    assert "'y' 列在训练集里是常数" in error
 
 
 def test_csv_that_is_not_text(fails: Fails, tmp_path: Path) -> None:

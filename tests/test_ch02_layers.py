@@ -1,9 +1,9 @@
-"""第 2 章的激活、全连接层、初始化与 MLP：在 float64 下与 PyTorch 逐项对照，前向与梯度都比。"""
+"""第 2 章的全连接层、初始化与 MLP：在 float64 下与 PyTorch 逐项对照，前向与梯度都比。"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chapter_02_nn_basics_mlp import activations, initialization
-from chapter_02_nn_basics_mlp.activations import ACTIVATIONS, MODULES, softmax, softmax_backward
+from chapter_02_nn_basics_mlp import initialization
+from chapter_02_nn_basics_mlp.activations import ACTIVATIONS
 from chapter_02_nn_basics_mlp.layers import (
     Linear,
     MLPManual,
@@ -25,6 +25,7 @@ from chapter_02_nn_basics_mlp.layers import (
 from chapter_02_nn_basics_mlp.losses import cross_entropy_grad, mse_grad
 from chapter_02_nn_basics_mlp.mlp import MLP
 from tests.invariants import assert_batch_independent
+from tests.parity import assert_equal, autograd, normal
 from utils import count_parameters, make_generator
 from utils.file_io_util import load_checkpoint, save_checkpoint
 
@@ -41,121 +42,6 @@ OFFICIAL: dict[str, tuple[Callable[[Tensor], Tensor], nn.Module]] = {
 }
 EXTREMES = [0.0, -0.0, 1e-8, -1e-8, 1.0, -1.0, 100.0, -100.0, 800.0, -800.0]
 SHAPES = [(1,), (1, 1), (7, 3), (2, 3, 5)]  # 奇数、批为 1、前面多出的维
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """矩阵很小，一个线程最快。"""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=make_generator(seed), dtype=torch.float64)
-
-
-def assert_equal(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
-    """形状、dtype 相同，最大误差不超过 ``tolerance`` 乘以最大的数（至少 1e-300，防止除以零）。"""
-    torch.testing.assert_close(
-        actual, expected, rtol=0, atol=tolerance * max(expected.abs().max().item(), 1e-300)
-    )
-
-
-def autograd(function: Callable[..., Tensor], grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    return torch.autograd.grad(function(*leaves), leaves, grad)
-
-
-# ---------------------------------------------------------------- 激活函数
-
-
-def test_every_activation_has_a_module_a_gain_and_an_official_counterpart() -> None:
-    assert set(ACTIVATIONS) == set(MODULES) == set(initialization.GAINS) == set(OFFICIAL)
-
-
-@pytest.mark.parametrize("name", ACTIVATIONS)
-@pytest.mark.parametrize("x", [*(normal(*shape) for shape in SHAPES), torch.tensor(EXTREMES)])
-def test_activation_value_derivative_and_autograd(name: str, x: Tensor) -> None:
-    x = x.double()
-    official, module = OFFICIAL[name]
-    ours = ACTIVATIONS[name]
-    (truth,) = autograd(official, torch.ones_like(x), x)
-    for value in (ours.value(x), MODULES[name]()(x)):
-        torch.testing.assert_close(value, official(x), rtol=1e-13, atol=1e-15)
-    assert torch.equal(module(x), official(x))
-    torch.testing.assert_close(ours.prime(x), truth, rtol=1e-12, atol=1e-15)
-    for function in (ours.value, MODULES[name]()):
-        (through,) = autograd(function, torch.ones_like(x), x)
-        torch.testing.assert_close(through, truth, rtol=1e-12, atol=1e-15)
-
-
-@pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activation_derivative_passes_gradcheck(name: str) -> None:
-    x = normal(11, seed=1).requires_grad_()  # 没有恰为 0 的点，各函数都可导
-    assert torch.autograd.gradcheck(ACTIVATIONS[name].value, (x,))
-    h = 1e-6
-    value, prime = ACTIVATIONS[name]
-    numeric = (value(x + h) - value(x - h)) / (2 * h)
-    torch.testing.assert_close(prime(x), numeric, rtol=1e-8, atol=1e-9)
-
-
-@pytest.mark.parametrize("name", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_activation_keeps_dtype_and_propagates_nan(name: str, dtype: torch.dtype) -> None:
-    x = torch.tensor([math.nan, 1.0, *EXTREMES], dtype=dtype)
-    value = ACTIVATIONS[name].value(x)
-    assert value.dtype == dtype
-    assert value.isnan().tolist() == [True] + [False] * (len(x) - 1)
-    assert ACTIVATIONS[name].prime(x[1:]).isfinite().all()
-
-
-def test_relu_subgradient_at_zero_is_zero() -> None:
-    zeros = torch.tensor([0.0, -0.0])
-    assert activations.relu_prime(zeros).tolist() == [0.0, 0.0]
-    assert autograd(activations.relu, torch.ones(2), zeros)[0].tolist() == [0.0, 0.0]
-
-
-def test_sigmoid_prime_has_no_cancellation() -> None:
-    x = torch.tensor([100.0], dtype=torch.float64)
-    # 1 − σ(100) 在 float64 里是 0，而 σ(100) σ(−100) = e^{−100} 到最后一位
-    torch.testing.assert_close(activations.sigmoid_prime(x), torch.exp(-x), rtol=1e-15, atol=0)
-
-
-def test_module_options() -> None:
-    x = normal(5, 3)
-    torch.testing.assert_close(activations.LeakyReLU(0.2)(x), F.leaky_relu(x, 0.2))
-    torch.testing.assert_close(activations.Softmax()(x), nn.Softmax(dim=-1)(x))
-    with pytest.raises(ValueError, match="approximate='erf'"):
-        activations.GELU("erf")
-
-
-def test_gelu_tanh_error_is_below_the_documented_bound() -> None:
-    x = torch.linspace(-10, 10, 20_001, dtype=torch.float64)
-    error = (activations.gelu_tanh(x) - activations.gelu(x)).abs().max().item()
-    assert 4e-4 < error < 5e-4
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (7, 3), (2, 3, 5)])
-@pytest.mark.parametrize("scale", [1.0, 800.0])
-def test_softmax_and_backward(shape: tuple[int, ...], scale: float) -> None:
-    x, grad = scale * normal(*shape), normal(*shape, seed=1)
-    y = softmax(x)
-    assert_equal(y, F.softmax(x, dim=-1))
-    torch.testing.assert_close(y.sum(-1), torch.ones(shape[:-1], dtype=torch.float64))
-    (truth,) = autograd(lambda x: F.softmax(x, dim=-1), grad, x)
-    (through,) = autograd(softmax, grad, x)
-    for ours in (softmax_backward(grad, y), through):
-        torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-15)
-
-
-def test_softmax_backward_is_the_full_jacobian() -> None:
-    x, grad = normal(5), normal(5, seed=1)
-    jacobian = torch.autograd.functional.jacobian(softmax, x)
-    y = softmax(x)
-    torch.testing.assert_close(jacobian, torch.diag(y) - torch.outer(y, y))
-    torch.testing.assert_close(softmax_backward(grad, y), jacobian @ grad)
 
 
 # ---------------------------------------------------------------- 全连接层与 SwiGLU

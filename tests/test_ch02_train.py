@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,6 @@ from utils.file_io_util import REPO_ROOT, CheckpointManager, load_checkpoint
 SCRIPT = REPO_ROOT / "chapter_02_nn_basics_mlp" / "train.py"
 TINY = ["--epochs", "3", "--batch-size", "64", "--hidden", "8", "--seeds", "1", "--device", "cpu"]
 SAVES = 6  # 两个模型，各 3 轮
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """一个线程：快，而且与下面的子进程（OMP_NUM_THREADS=1）逐位相同。"""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -301,23 +292,25 @@ def damage(path: Path) -> None:
 
 
 @pytest.mark.usefixtures("tiny")
-@pytest.mark.parametrize("damaged", [1, 2])
-def test_damaged_checkpoints(
-    damaged: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """最新的损坏就用前一个；都损坏就逐个警告、从头训练。结果都与没有中断时逐位相同。"""
+def test_damaged_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """最新的损坏就报告并用前一个，结果仍与没有中断时逐位相同；都损坏就报错，什么也不改动。"""
     run(tmp_path)
     expected = outcome(tmp_path)
     kept = sorted((tmp_path / "checkpoints" / "mlp_seed0").glob("*.pt"))
     assert [path.name for path in kept] == ["step_00000002.pt", "step_00000003.pt"]
-    for path in kept[-damaged:]:
-        damage(path)
+    damage(kept[-1])
     (tmp_path / "mlp.pt").unlink()
     capsys.readouterr()
     run(tmp_path, "--resume")
     assert outcome(tmp_path) == expected
     warnings = [line for line in capsys.readouterr().err.splitlines() if "警告" in line]
-    assert len(warnings) == damaged and "step_00000003.pt 已损坏" in warnings[0]
+    assert len(warnings) == 1 and "step_00000003.pt 已损坏" in warnings[0]
+    for path in kept:
+        damage(path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="也没有更早的完好检查点：请去掉 --resume 从头训练"):
+        run(tmp_path, "--resume")
+    assert {path: path.read_bytes() for path in before} == before
 
 
 @pytest.mark.usefixtures("tiny")

@@ -102,7 +102,7 @@ def serial_numbers(images: Tensor) -> list[int]:
 @needs_torchvision
 @pytest.mark.parametrize(
     ("name", "kind", "class_name"),
-    [("mnist", "MNIST", "3 - three"), ("fashion-mnist", "FashionMNIST", "Dress")],
+    [("mnist", "MNIST", "3"), ("fashion-mnist", "FashionMNIST", "Dress")],
 )
 def test_mnist_pixels_labels_and_splits(
     tmp_path: Path, write_mnist, name: str, kind: str, class_name: str

@@ -221,7 +221,8 @@ def test_restarted_run_is_not_shadowed_by_checkpoints_of_the_abandoned_one(tmp_p
     manager = CheckpointManager(tmp_path)
     for step in (8, 9):
         manager.save(step, make_state(step)).write_bytes(b"")
-    assert manager.load_latest() is None  # 都损坏了，只好从头开始
+    with pytest.raises(UserError, match="也没有更早的完好检查点"):
+        manager.load_latest()
     manager.save(1, make_state(1))
     assert names(tmp_path) == ["step_00000001.pt"]
     assert manager.load_latest()["w"][0, 0] == 1

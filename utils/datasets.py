@@ -163,7 +163,8 @@ def _load_official(
             "文件来自不同的划分或版本，请删除后加 --download 重新下载"
         )
     images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
-    return images, labels, tuple(data.classes)
+    # MNIST 的类名是「0 - zero」这样的，只留数字
+    return images, labels, tuple(name.split(" - ")[0] for name in data.classes)
 
 
 def _load_folder(

@@ -196,12 +196,23 @@ class CheckpointManager:
         return path
 
     def load_latest(self) -> dict[str, Any] | None:
-        """最新的完好检查点；一个都没有时为 ``None``。"""
+        """最新的完好检查点；一个文件都没有时为 ``None``。
+
+        异常:
+            UserError: 有检查点，但全部损坏。
+        """
+        damaged = []
         for _, path in reversed(self._files()):
             try:
-                return load_checkpoint(path)
+                state = load_checkpoint(path)
             except UserError as error:
-                print(f"警告：{error}；改用前一个检查点", file=sys.stderr)
+                damaged.append(error)
+                continue
+            for error in damaged:
+                print(f"警告：{error}；改用 {path.name}", file=sys.stderr)
+            return state
+        if damaged:
+            raise UserError(f"{damaged[0]}，也没有更早的完好检查点：请去掉 --resume 从头训练")
         return None
 
     def clear(self) -> None:

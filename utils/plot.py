@@ -182,6 +182,8 @@ def confusion_matrix(
         colormap="Blues",
         limits=(0, 1),
     )
+    if max(map(len, class_names)) > 3:
+        axes.tick_params(axis="x", rotation=45)
     for (row, column), count in np.ndenumerate(counts):
         if count:
             color = "white" if shares[row, column] > 0.5 else "black"

@@ -154,7 +154,8 @@ def render_root() -> str:
     for chapter in chapters():
         entry = load_json(chapter / "results.json")["entries"][0]
         metric, value, chance, *_ = _result_cells(entry["results"][0])
-        cells = [f"[{chapter.name}]({chapter.name}/)", f"`{entry['command']}`", metric, value]
+        command = entry["command"].replace("python ", f"python {chapter.name}/", 1)
+        cells = [f"[{chapter.name}]({chapter.name}/README.md)", f"`{command}`", metric, value]
         lines.append("| " + " | ".join([*cells, chance, f"{entry['seconds']:.1f}"]) + " |")
     return "\n".join(lines)
 
