@@ -185,9 +185,16 @@ def pipelines_figure(seconds: Mapping[str, Sequence[float]]) -> Figure:
     figure, grid = new_figure(1, 1, size=(6.4, 2.6))
     axes = grid[0, 0]
     colors = [PALETTE[name.startswith("DataLoader")] for name in seconds]
-    bars = axes.barh(list(seconds), [min(values) for values in seconds.values()], color=colors)
-    axes.bar_label(bars, fmt="%.2f s", padding=14, fontsize=9)
+    axes.barh(list(seconds), [min(values) for values in seconds.values()], color=colors)
     for row, values in enumerate(seconds.values()):
+        axes.annotate(
+            f"{min(values):.2f} s",
+            (max(values), row),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
         axes.plot(values, [row] * len(values), "o", color="black", markersize=2)
     axes.set(xlabel="seconds per epoch (MLP 784-256-10)")
     axes.margins(x=0.18)
