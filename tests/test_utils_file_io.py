@@ -260,7 +260,7 @@ def test_damaged_newest_is_reported_and_previous_one_used(tmp_path: Path, capsys
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith(f"警告：检查点 {newest} 已损坏或不可信（")
-    assert lines[0].endswith("；改用前一个检查点")
+    assert lines[0].endswith("；改用 step_00000001.pt")
 
 
 class Malicious:
