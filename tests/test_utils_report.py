@@ -183,7 +183,10 @@ def test_report_runs_records_and_rewrites_both_readmes(chapter: Path, capfd) -> 
     assert f"{row} | {seconds} | 124 |" in text
     root = (chapter.parent / "README.md").read_text("utf-8")
     link = "[chapter_02_fake](chapter_02_fake/README.md)"
-    assert f"| {link} | `python chapter_02_fake/train.py` | 均方误差 | **0.15** | 1 | {seconds} |" in root
+    assert (
+        f"| {link} | `python chapter_02_fake/train.py` | 均方误差 | **0.15** | 1 | {seconds} |"
+        in root
+    )
     assert report.outdated() == []
 
 
