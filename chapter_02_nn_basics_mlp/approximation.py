@@ -19,11 +19,11 @@ from chapter_02_nn_basics_mlp.activations import relu
 from chapter_02_nn_basics_mlp.losses import mse
 from chapter_02_nn_basics_mlp.mlp import MLP
 
-# ---------------------------------------------------------------- 一个隐藏层：ReLU 凸包的叠加
+# ---------------------------------------------------------------- 一个隐藏层：帽函数的叠加
 
 
 def hat(x: Tensor, center: float, h: float) -> Tensor:
-    """帽函数（三角凸包）：``center`` 处为 1，``center ± h`` 之外为 0，由三个 ReLU 拼成。
+    """帽函数（三角形的尖峰）：``center`` 处为 1，``center ± h`` 之外为 0，由三个 ReLU 拼成。
 
     ``(relu(x − c + h) − 2 relu(x − c) + relu(x − c − h)) / h``
     """
@@ -32,7 +32,7 @@ def hat(x: Tensor, center: float, h: float) -> Tensor:
 
 
 def sum_of_hats(function: Callable[[Tensor], Tensor], x: Tensor, knots: Tensor) -> Tensor:
-    """``Σ_i f(x_i) · hat_i(x)``：逼近的字面写法，``n + 1`` 个凸包，每个三个 ReLU。"""
+    """``Σ_i f(x_i) · hat_i(x)``：逼近的字面写法，``n + 1`` 个帽函数，每个三个 ReLU。"""
     h = (knots[1] - knots[0]).item()
     heights = function(knots)
     pairs = zip(knots.tolist(), heights.tolist(), strict=True)

@@ -130,7 +130,9 @@ def read_csv(path: Path, column: str) -> tuple[Tensor, Tensor]:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             header, *lines = csv.reader(stream)
     except (ValueError, OSError, csv.Error) as error:
-        raise UserError(f"{path} 不是 UTF-8 编码的带表头的 CSV（{error}）") from error
+        raise UserError(
+            f"{path} 不是 UTF-8 编码的带表头的 CSV（{error}）；Excel 请另存为 CSV UTF-8"
+        ) from error
     if column not in header or len(header) < 2:
         raise UserError(f"{path} 没有 --column {column!r} 这一列：有 {'、'.join(header)}")
     rows = [(number, row) for number, row in enumerate(lines, start=2) if row]  # 略过空行

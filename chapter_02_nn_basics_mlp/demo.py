@@ -63,6 +63,7 @@ from chapter_02_nn_basics_mlp.losses import (
 from chapter_02_nn_basics_mlp.mlp import MLP, fit_function, spread_kinks
 from utils import (
     Expectation,
+    Result,
     Timer,
     add_common_args,
     conclude,
@@ -151,7 +152,7 @@ def topic_init(seed: int, smoke: bool) -> Outcome:
                 f"末层 {forward[-1]:.2g}；梯度：首层 {backward[0]:.2g}"
             )
     forward, _ = signals["relu"]["Kaiming"]
-    expectation = Check("Kaiming + ReLU：第 12 层与第 1 层激活之比", 0.0, (0.5, 1.0))
+    expectation = Check("Kaiming + ReLU：第 12 层与第 1 层激活之比", 0.0, (0.5, 2.0))
     figure = demo_figures.init_figure(signals)
     return Outcome(figure, [(expectation, forward[-1] / forward[0])])
 
@@ -170,8 +171,9 @@ def topic_dead_relu(seed: int, smoke: bool) -> Outcome:
                 cross_entropy(model(points), labels).backward()
                 optimizer.step()
             dead.setdefault(activation, []).append(dead_fraction(model, points))
+        fresh = dead_fraction(MLP(2, (64, 64), 2, activation, make_generator(seed)), points)
         print(
-            f"  {activation:10s} "
+            f"  {activation:10s} 未训练 {100 * fresh:.0f}%，"
             + "，".join(
                 f"lr {lr:g}: {100 * share:.0f}%"
                 for lr, share in zip(rates, dead[activation], strict=True)
@@ -381,7 +383,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
             if outcome.figure is not None:
                 drawn[f"{name}.png"] = outcome.figure
             for expectation, value in outcome.results:
-                results.append((expectation, value, None))
+                results.append(Result(expectation, value))
             timer.lap(name)
     return conclude(out_dir, results, timer, smoke=args.smoke, figures=drawn, laps=timer.laps)
 

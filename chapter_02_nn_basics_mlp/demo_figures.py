@@ -15,7 +15,7 @@ from utils.plot import MUTED, PALETTE, new_figure, plot_curves
 def activations_figure(x: np.ndarray, curves: Mapping[str, tuple[Any, Any]]) -> Figure:
     """各激活函数（左）与导数（右）。"""
     figure, grid = new_figure(1, 2, size=(9.6, 3.6))
-    for (name, (value, prime)), color in zip(curves.items(), PALETTE, strict=True):
+    for (name, (value, prime)), color in zip(curves.items(), PALETTE * 2, strict=False):
         style = "--" if name == "gelu_tanh" else "-"
         grid[0, 0].plot(x, value, style, color=color, label=name)
         grid[0, 1].plot(x, prime, style, color=color, label=name)
@@ -142,7 +142,7 @@ def depth_figure(
     units = [2 * depth for depth in depths]
     grid[0, 1].semilogy(units, deep, marker="o", label="deep, 2 units a layer: $2^k$")
     grid[0, 1].semilogy(units, shallow, marker="s", label="one hidden layer: at most $n+1$")
-    grid[0, 1].set(title="linear pieces", xlabel="hidden units $n$")
+    grid[0, 1].set(title="linear pieces", xlabel="hidden units $n$", xticks=units[1::2])
     grid[0, 1].legend()
     return figure
 
@@ -210,7 +210,7 @@ def descent_figure(
     figure, grid = new_figure(1, 1, size=(5.8, 3.6))
     axes = grid[0, 0]
     axes.loglog(widths, test, marker="o", markersize=4, label="test")
-    axes.loglog(widths, np.maximum(train, 1e-3), marker="s", markersize=4, label="train")
+    axes.loglog(widths, np.maximum(train, 1e-3), marker="s", markersize=4, label="train (≥ 1e-3)")
     axes.axvline(samples, color=MUTED, linestyle="--", linewidth=1)
     axes.annotate(
         "features = samples",

@@ -35,6 +35,7 @@ from chapter_02_nn_basics_mlp.layers import Linear
 from chapter_02_nn_basics_mlp.losses import mse
 from utils import (
     Expectation,
+    Result,
     Timer,
     add_common_args,
     conclude,
@@ -265,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     keys = ("target", "width", "activation", "r2", "r2_outside")
     return conclude(
         out_dir,
-        [(expectation, min(best.values()), None)],
+        [Result(expectation, min(best.values()))],
         timer,
         smoke=args.smoke,
         figures=drawing,

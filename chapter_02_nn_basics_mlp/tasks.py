@@ -53,6 +53,7 @@ class Task:
     expectation: Expectation
     baseline: str  # 没有隐藏层的对照模型叫什么
     class_names: tuple[str, ...] = ()
+    baseline_lr: float = 1.0  # 对照模型的学习率是 --lr 的几倍
 
 
 def make_task(
@@ -79,6 +80,7 @@ def make_task(
 
 
 POINT_SIZES = {"train": 12_000, "val": 2_000, "test": 2_000}
+MIN_EPOCH = 12_000  # 用户的表格每轮至少训练这么多样本次
 DATA_SEED = 2  # 数据本身的种子，与训练的种子无关
 
 
@@ -104,7 +106,7 @@ def _spiral_task(sizes: dict[str, int], device: torch.device | str) -> Task:
     points, labels = splits["test"]
     bayes = ((spiral_bayes(points) > 0.5) == labels).float().mean().item()
     expectation = Expectation(
-        "测试准确率", 0.5, (0.97, 1.0), floor=bayes, tolerance=0.004, percent=True
+        "测试准确率", 0.5, (0.97, bayes), floor=bayes, tolerance=0.004, percent=True
     )
     batches = partial(_point_batches, splits, device)
     return Task(
@@ -114,12 +116,12 @@ def _spiral_task(sizes: dict[str, int], device: torch.device | str) -> Task:
 
 def _regression_task(
     splits: dict[str, tuple[Tensor, Tensor]],
-    expect: Callable[[float], Expectation],
+    expect: Callable[[float, float], Expectation],
     device: torch.device | str,
 ) -> Task:
     """回归任务：输入与目标都按训练集标准化，得分换算回目标原来的单位。
 
-    ``expect`` 由机会线（总报训练集均值的 MSE）给出预期。
+    ``expect`` 由机会线（总报训练集均值的 MSE）与最小二乘线性回归的测试 MSE 给出预期。
     """
     inputs, targets = splits["train"]
     scale = targets.std()
@@ -133,15 +135,23 @@ def _regression_task(
     def score(output: Tensor, target: Tensor) -> Tensor:
         return squared_error(output, target) * scale.to(output.device) ** 2
 
+    def with_bias(x: Tensor) -> Tensor:
+        return torch.cat([x, torch.ones(len(x), 1)], dim=1).double()
+
+    (x, y), (x_test, y_test) = standardized["train"], standardized["test"]
+    weights = torch.linalg.lstsq(with_bias(x), y.double(), driver="gelsd").solution
+    linear = score(with_bias(x_test) @ weights, y_test).mean().item()
     chance = (splits["test"][1] - targets.mean()).square().mean().item()
     batches = partial(_point_batches, standardized, device)
-    return Task(batches, inputs.shape[1], 1, mse, score, expect(chance), "linear")
+    return Task(
+        batches, inputs.shape[1], 1, mse, score, expect(chance, linear), "linear", baseline_lr=10.0
+    )
 
 
 def _friedman_task(sizes: dict[str, int], device: torch.device | str) -> Task:
     floor = FRIEDMAN_NOISE**2
 
-    def expect(chance: float) -> Expectation:
+    def expect(chance: float, linear: float) -> Expectation:
         return Expectation("测试 MSE", chance, (1.6, 1.2), floor=floor, tolerance=0.1)
 
     return _regression_task(_draw(friedman, sizes), expect, device)
@@ -154,10 +164,14 @@ def _csv_task(path: Path, column: str, device: torch.device | str) -> Task:
     cut = [round(0.7 * len(order)), round(0.85 * len(order))]
     parts = zip(SPLITS, order.tensor_split(cut), strict=True)
 
-    def expect(chance: float) -> Expectation:
-        return Expectation("测试 MSE", chance, (0.9 * chance, 0.0))
+    def expect(chance: float, linear: float) -> Expectation:
+        # 至少不比最小二乘的线性回归差三成，才算学会
+        worse = min(0.9 * chance, 1.3 * linear)
+        return Expectation(f"测试 MSE（最小二乘线性回归 {linear:.4g}）", chance, (worse, 0.0))
 
     splits = {name: (inputs[index], targets[index]) for name, index in parts}
+    repeats = -(-MIN_EPOCH // len(splits["train"][0]))  # 小表格每轮重复若干遍，步数才够
+    splits["train"] = tuple(part.repeat(repeats, 1) for part in splits["train"])
     known = splits["train"][1]
     if (known == known[0]).all():  # 不看标准差：舍入会使常数列的标准差不恰为零
         raise UserError(f"{path} 的 {column!r} 列在训练集里是常数，没有可预测的东西")

@@ -31,6 +31,7 @@ from chapter_02_nn_basics_mlp.mlp import MLP
 from chapter_02_nn_basics_mlp.showcase import draw
 from chapter_02_nn_basics_mlp.tasks import Task, make_task
 from utils import (
+    Result,
     Timer,
     TorchDevice,
     UserError,
@@ -104,7 +105,8 @@ def fit(
     generator = make_generator(seed)  # 打乱与增强的随机性
     train = task.batches("train", args.batch_size, generator)
     val = task.batches("val", 1000)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+    lr = args.lr * (task.baseline_lr if name == task.baseline else 1.0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * len(train))
     history: list[dict[str, float]] = []
     best: dict[str, Any] = {"score": None, "weights": {}}
@@ -189,10 +191,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--csv 与 --column 要一起给出")
     if args.csv is not None and args.task != "regression":
         parser.error("--csv 只用于 --task regression")
+    if args.task != "digits" and (args.dataset != IMAGE_DATASETS[0] or args.download):
+        parser.error("--dataset 与 --download 只用于 --task digits，请加上它")
     if args.smoke:
         args.epochs, args.seeds = 2, 1
-    if args.out_dir == HERE / "outputs":
-        args.out_dir /= args.task
+    if args.out_dir == HERE / "outputs":  # --smoke 另放一处，不冲掉真正的结果
+        args.out_dir /= f"{args.task}_smoke" if args.smoke else args.task
     return args
 
 
@@ -203,6 +207,8 @@ def run_seeds(
     histories: dict[str, list] = {}
     scores: dict[str, list[float]] = {}
     models: dict[str, nn.Module] = {}
+    if args.resume and not any((out_dir / "checkpoints").glob("*/*.pt")):
+        print(f"提示  {out_dir} 里没有检查点，从头训练")
     if not args.resume:  # 旧的一个不留：否则中断之后续训，会接上从前另一次训练的检查点
         for folder in (out_dir / "checkpoints").glob("*"):
             CheckpointManager(folder).clear()
@@ -252,7 +258,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
         spread = "" if std is None else f" ± {task.expectation.format(std)}"
         print(f"测试  {name:10s} {task.expectation.format(mean)}{spread}（{len(values)} 个种子）")
         if name == "mlp":
-            results.append((task.expectation, mean, std))
+            baseline = statistics.fmean(scores[task.baseline])
+            results.append(Result(task.expectation, mean, std, baseline))
         save_checkpoint(out_dir / f"{name}.pt", models[name].state_dict())
     return conclude(
         out_dir,

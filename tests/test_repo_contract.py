@@ -32,7 +32,11 @@ from utils.file_io_util import REPO_ROOT
 
 PACKAGES = {"torch", "torchvision", "numpy", "matplotlib", "tqdm", "pytest"}
 EARLIER = {3: {2}, 5: {3, 4}, 8: {7}, 9: {7}, 10: {7, 8, 9}}  # 理论上承接的章
-NOT_CONCEPTS = {"train", "data", "figures", "demo", "benchmark"}
+NOT_CONCEPTS = {"train", "data", "tasks", "showcase", "figures"} | {
+    "demo",
+    "demo_figures",
+    "benchmark",
+}
 ENTRIES = {"train", "demo", "benchmark"}  # 箭头的起点，没有人导入它们
 
 

@@ -10,11 +10,12 @@ from utils.file_io_util import REPO_ROOT, load_json, prepare_out_dir, save_json
 from utils.model_summary import count_parameters, model_summary, trace_shapes
 from utils.seed import make_generator, set_seed
 from utils.timer import Timer
-from utils.verdict import Expectation, conclude
+from utils.verdict import Expectation, Result, conclude
 
 __all__ = [
     "REPO_ROOT",
     "Expectation",
+    "Result",
     "Timer",
     "TorchDevice",
     "UserError",

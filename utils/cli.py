@@ -218,7 +218,10 @@ def run_main(main: Callable[[], Any]) -> NoReturn:
         _print_error(str(error))
         code = EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print("\n已中断：此前写好的文件与检查点都完好", file=sys.stderr)
+        print(
+            "\n已中断：此前写好的文件与检查点都完好；有 --resume 的脚本可以加上它接着跑",
+            file=sys.stderr,
+        )
         code = EXIT_INTERRUPTED
     except BrokenPipeError:  # 例如 `python train.py | head`：没有人再读输出，悄悄停下
         code = EXIT_BROKEN_PIPE

@@ -182,7 +182,8 @@ def _load_folder(
         expected = folders.find_classes(data_dir / "train")[0] if presplit else class_names
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
-            f"--data-dir {data_dir} 里没有可用的图片：应为每类一个文件夹，各含至少一张图片"
+            f"--data-dir {data_dir} 不存在，或里面没有可用的图片："
+            "应为每类一个文件夹，各含至少一张图片"
         ) from error
     if class_names != expected:  # 类别编号按文件夹名的次序，不一致时标签会悄悄错位
         raise UserError(

@@ -44,11 +44,11 @@ def chapters() -> list[Path]:
 # ---------------------------------------------------------------- 运行
 
 
-def machine() -> str:
-    """本机的一句话描述。"""
+def machine(threads: int) -> str:
+    """本机的一句话描述；``threads`` 是脚本自己用的线程数。"""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU，{torch.get_num_threads()} 线程"
+    return f"{platform.machine()} CPU，{threads} 线程"
 
 
 def run_entry(chapter: Path, entry: dict[str, Any], data_dir: Path | None) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def run_entry(chapter: Path, entry: dict[str, Any], data_dir: Path | None) -> di
         "seconds": round(seconds, 1),
         "peak_rss_mib": metrics["peak_rss_mib"] and round(metrics["peak_rss_mib"]),
         "torch": torch.__version__.split("+")[0],
-        "machine": machine(),
+        "machine": machine(metrics["threads"]),
         "date": datetime.date.today().isoformat(),
         "kept": False,
     }
@@ -117,8 +117,9 @@ def _result_cells(record: dict[str, Any]) -> list[str]:
         record["metric"],
         f"**{value}**",
         show(record["chance"]),
+        "—" if record["baseline"] is None else show(record["baseline"]),
         show(record["floor"]),
-        f"{show(band[0])} ~ {show(band[1])}",
+        expectation.format_band(),
         record["mark"],
     ]
 
@@ -128,8 +129,8 @@ def render(ledger: dict[str, Any]) -> str:
     unmeasured = [entry["id"] for entry in ledger["entries"] if "results" not in entry]
     if unmeasured:
         raise UserError(f"账本里 {'、'.join(unmeasured)} 还没有记录：请先重测这一章")
-    header = "命令 | 指标 | 实测 | 机会线 | 理论极限 | 预期区间 | 判定 | 秒 | 内存峰值 MiB"
-    lines = [f"| {header} |", "|" + "---|" * 9]
+    header = "命令 | 指标 | 实测 | 机会线 | 对照 | 理论极限 | 预期区间 | 判定 | 秒 | 内存峰值 MiB"
+    lines = [f"| {header} |", "|" + "---|" * 10]
     kept = False
     for entry in ledger["entries"]:
         kept |= entry["kept"]
@@ -142,7 +143,11 @@ def render(ledger: dict[str, Any]) -> str:
             lines.append("| " + " | ".join([*cells, *(cost if first else ["", ""])]) + " |")
     setups = {(e["machine"], e["torch"], e["date"]) for e in ledger["entries"]}
     described = "；".join(f"{m}，torch {t}，{d}" for m, t, d in sorted(setups))
-    lines += ["", f"测于 {described}。秒数为整个进程的墙钟时间，含启动与画图。"]
+    lines += [
+        "",
+        f"测于 {described}。秒数为整个进程的墙钟时间，含启动与画图；"
+        "对照是同一任务上的线性模型，核对项的机会线是出错时的量级。",
+    ]
     if kept:
         lines += ["", "† 依赖真实数据或 GPU，本次未重测，沿用先前的记录。"]
     return "\n".join(lines)

@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
 
 from utils.device import peak_rss_mib
 from utils.file_io_util import save_json
@@ -27,7 +29,8 @@ class Expectation:
         floor: 理论极限，任何模型都不可能超过的得分（贝叶斯误差、噪声方差……）；未知时为 ``None``。
         tolerance: 有限样本使得分偶尔略优于 ``floor`` 的余量；超出余量说明数据泄漏或算错了。
         percent: 是否以百分数显示。
-        learning: 为假时是一次核对而不是学习，结论说「符合预期」而不是「学会了」。
+        learning: 为假时是一次核对而不是学习：须落在预期区间之内（太好也不行），
+            结论说「符合预期」而不是「学会了」。
     """
 
     metric: str
@@ -49,18 +52,24 @@ class Expectation:
             return "未知"
         return f"{100 * value:.2f}%" if self.percent else f"{value:.4g}"
 
+    def format_band(self) -> str:
+        """预期区间的显示形式，由小到大。"""
+        low, high = map(self.format, sorted(self.band))
+        return low if low == high else f"{low} ~ {high}"
+
     def announce(self) -> str:
         """训练之前打印的一行。"""
-        worse, better = map(self.format, self.band)
         return (
             f"预期  {self.metric}：机会线 {self.format(self.chance)}，"
-            f"理论极限 {self.format(self.floor)}，预期区间 {worse} ~ {better}"
+            f"理论极限 {self.format(self.floor)}，预期区间 {self.format_band()}"
         )
 
     def learned(self, value: float) -> bool:
-        """是否学会：得分有限、达到预期区间的较差端，且没有好得可疑。"""
+        """是否学会：得分有限、达到预期区间的较差端，且没有好得可疑；核对则须在区间之内。"""
         if not math.isfinite(value) or self._suspicious(value):
             return False
+        if not self.learning:
+            return min(self.band) <= value <= max(self.band)
         return value >= self.band[0] if self.higher_is_better else value <= self.band[0]
 
     def _suspicious(self, value: float) -> bool:
@@ -77,12 +86,21 @@ class Expectation:
             mark += "：优于理论极限，请查数据泄漏或指标算错"
         return mark
 
-    def record(self, value: float, std: float | None = None) -> dict[str, Any]:
-        """写进 ``metrics.json`` 的一项；``value`` 是得分，多个种子时为平均，``std`` 为标准差。"""
+    def record(
+        self, value: float, std: float | None = None, baseline: float | None = None
+    ) -> dict[str, Any]:
+        """写进 ``metrics.json`` 的一项。
+
+        参数:
+            value: 得分；多个种子时为平均。
+            std: 多个种子的样本标准差。
+            baseline: 对照模型的得分。
+        """
         return {
             "metric": self.metric,
             "value": value,
             "std": std,
+            "baseline": baseline,
             "chance": self.chance,
             "floor": self.floor,
             "band": list(self.band),
@@ -92,9 +110,18 @@ class Expectation:
         }
 
 
+class Result(NamedTuple):
+    """一项结果：预期、得分、多个种子的样本标准差、对照模型的得分。"""
+
+    expectation: Expectation
+    value: float
+    std: float | None = None
+    baseline: float | None = None
+
+
 def conclude(
     out_dir: Path,
-    results: Sequence[tuple[Expectation, float, float | None]],
+    results: Sequence[Result],
     timer: Timer,
     *,
     smoke: bool = False,
@@ -105,7 +132,7 @@ def conclude(
 
     参数:
         out_dir: 输出文件夹。
-        results: 若干 ``(预期, 得分, 多个种子的样本标准差或 None)``。
+        results: 若干 ``Result``。
         timer: 已结束的计时器。
         smoke: ``--smoke`` 只检查代码路径，不作判定，``learned`` 记为 ``None``。
         figures: 文件名 -> 图。
@@ -119,13 +146,14 @@ def conclude(
     for name, figure in (figures or {}).items():
         print(f"图    {save_figure(figure, out_dir / name)}")
     memory = peak_rss_mib()
-    records = [expectation.record(value, std) for expectation, value, std in results]
+    records = [r.expectation.record(r.value, r.std, r.baseline) for r in results]
     if smoke:
         records = [record | {"learned": None, "mark": "未判定"} for record in records]
     metrics = {
         "results": records,
         "seconds": timer.elapsed,
         "peak_rss_mib": memory,
+        "threads": torch.get_num_threads(),
         **details,
     }
     save_json(out_dir / "metrics.json", metrics)
@@ -133,7 +161,7 @@ def conclude(
     if smoke:
         print("结论  --smoke 只检查代码路径，不作判定")
         return metrics
-    for expectation, value, _ in results:
+    for expectation, value, *_ in results:
         shown = expectation.format(value)
         print(f"结论  {expectation.metric} {shown} -> {expectation.mark(value)}")
     return metrics
