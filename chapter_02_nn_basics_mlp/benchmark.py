@@ -85,7 +85,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_common_args(
         parser,
         out_dir=HERE / "outputs" / "benchmark",
-        batch_size=128,
+        batch_size=256,
         datasets=("synth-digits", "mnist", "fashion-mnist"),
     )
     parser.add_argument("--repeats", type=positive_int, default=5, metavar="N", help="重复次数")

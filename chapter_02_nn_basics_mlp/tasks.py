@@ -118,10 +118,12 @@ def _regression_task(
     splits: dict[str, tuple[Tensor, Tensor]],
     expect: Callable[[float, float], Expectation],
     device: torch.device | str,
+    repeats: int = 1,
 ) -> Task:
     """回归任务：输入与目标都按训练集标准化，得分换算回目标原来的单位。
 
-    ``expect`` 由机会线（总报训练集均值的 MSE）与最小二乘线性回归的测试 MSE 给出预期。
+    ``expect`` 由机会线（总报训练集均值的 MSE）与最小二乘线性回归的测试 MSE 给出预期；
+    ``repeats`` 是每轮把训练集过几遍。
     """
     inputs, targets = splits["train"]
     scale = targets.std()
@@ -142,6 +144,7 @@ def _regression_task(
     weights = torch.linalg.lstsq(with_bias(x), y.double(), driver="gelsd").solution
     linear = score(with_bias(x_test) @ weights, y_test).mean().item()
     chance = (splits["test"][1] - targets.mean()).square().mean().item()
+    standardized["train"] = (x.repeat(repeats, 1), y.repeat(repeats, 1))
     batches = partial(_point_batches, standardized, device)
     return Task(
         batches, inputs.shape[1], 1, mse, score, expect(chance, linear), "linear", baseline_lr=10.0
@@ -171,11 +174,10 @@ def _csv_task(path: Path, column: str, device: torch.device | str) -> Task:
 
     splits = {name: (inputs[index], targets[index]) for name, index in parts}
     repeats = -(-MIN_EPOCH // len(splits["train"][0]))  # 小表格每轮重复若干遍，步数才够
-    splits["train"] = tuple(part.repeat(repeats, 1) for part in splits["train"])
     known = splits["train"][1]
     if (known == known[0]).all():  # 不看标准差：舍入会使常数列的标准差不恰为零
         raise UserError(f"{path} 的 {column!r} 列在训练集里是常数，没有可预测的东西")
-    return _regression_task(splits, expect, device)
+    return _regression_task(splits, expect, device, repeats)
 
 
 # 测试准确率的预期区间；其余数据集按类别数给出宽松的区间

@@ -269,9 +269,9 @@ def other_classes_in_test(root: Path, write: Callable) -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (no_folder, "里没有可用的图片：应为每类一个文件夹"),
-        (empty_folder, "里没有可用的图片"),
-        (empty_classes, "里没有可用的图片"),
+        (no_folder, "里面没有可用的图片：应为每类一个文件夹"),
+        (empty_folder, "里面没有可用的图片"),
+        (empty_classes, "里面没有可用的图片"),
         (one_corrupt_image, "图片 .*003.png 无法解码"),
         (too_few_images, "图片太少（4 张）"),
         (other_classes_in_test, "各划分的类别须完全一致"),

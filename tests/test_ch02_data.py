@@ -342,6 +342,12 @@ def test_csv_task_standardises_with_training_rows_only(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "t.csv", lines)
     task = make_task("regression", csv_file=path, column="y")
     parts = {split: task.batches(split, 1000) for split in SPLITS}
+    train = parts["train"]
+    repeats = 172  # 每轮至少 12000 个样本次：70 行重复 172 遍
+    assert len(train.inputs) == 70 * repeats and torch.equal(
+        train.inputs[:70], train.inputs[70:140]
+    )
+    train.inputs, train.labels = train.inputs[:70], train.labels[:70]
     assert [len(parts[split].inputs) for split in SPLITS] == [70, 15, 15]
     train = torch.cat([parts["train"].inputs, parts["train"].labels], dim=1)
     assert train.mean(0).tolist() == pytest.approx([0, 0, 0], abs=1e-5)

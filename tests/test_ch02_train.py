@@ -390,7 +390,7 @@ def test_ctrl_c(tmp_path: Path) -> None:
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
     lines = [line for line in stderr.splitlines() if line and "轮/s" not in line]  # 略去进度条
-    assert lines == ["已中断：此前写好的文件与检查点都完好"]
+    assert lines == ["已中断：此前写好的文件与检查点都完好；支持 --resume 的脚本加上它即可继续"]
     folder = tmp_path / "checkpoints" / "logistic_seed0"
     assert len(CheckpointManager(folder).load_latest()["history"]) >= 2
     assert {path.suffix for path in folder.iterdir()} == {".pt"}  # 没有写了一半的临时文件

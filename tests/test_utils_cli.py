@@ -254,7 +254,7 @@ def test_ctrl_c_ends_with_one_line_and_130() -> None:
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert err.split("\n") == ["", "已中断：此前写好的文件与检查点都完好", ""]
+    assert err.startswith("\n已中断：此前写好的文件与检查点都完好") and err.count("\n") == 2
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows 没有 SIGINT 与 SIGPIPE 的这套约定")

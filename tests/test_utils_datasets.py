@@ -332,7 +332,9 @@ def test_unusable_folders_say_what_was_expected(tmp_path: Path, write_class_fold
     (tmp_path / "empty").mkdir()
     (tmp_path / "hollow" / "cat").mkdir(parents=True)
     for name in ("absent", "file", "empty", "hollow"):
-        with pytest.raises(UserError, match=f"{name} 里没有可用的图片：应为每类一个文件夹"):
+        with pytest.raises(
+            UserError, match=f"{name} 不存在，或里面没有可用的图片：应为每类一个文件夹"
+        ):
             load_images("folder", "train", tmp_path / name)
     write_class_folders(tmp_path / "few", {"cat": 3})
     with pytest.raises(UserError, match="图片太少（3 张），分不出 test 划分"):

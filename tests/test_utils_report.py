@@ -13,7 +13,7 @@ from utils.cli import UserError
 from utils.file_io_util import load_json, save_json
 from utils.plot import new_figure
 from utils.timer import Timer
-from utils.verdict import Expectation, conclude
+from utils.verdict import Expectation, Result, conclude
 
 ACCURACY = Expectation(
     "准确率", chance=0.1, band=(0.9, 0.95), floor=0.98, tolerance=0.01, percent=True
@@ -62,6 +62,7 @@ def test_lines_are_formatted_in_the_metrics_unit() -> None:
 def test_a_check_is_not_called_learning() -> None:
     check = Expectation("误差", chance=1.0, band=(0.2, 0.1), learning=False)
     assert (check.mark(0.1), check.mark(0.3)) == ("符合预期", "不符合预期")
+    assert check.mark(0.05) == "不符合预期"  # 核对是双侧的：好过头也不行
 
 
 def test_record_holds_everything() -> None:
@@ -69,6 +70,7 @@ def test_record_holds_everything() -> None:
         "metric": "均方误差",
         "value": 0.15,
         "std": 0.01,
+        "baseline": None,
         "chance": 1.0,
         "floor": 0.04,
         "band": [0.2, 0.1],
@@ -83,11 +85,11 @@ def test_conclude_writes_figures_and_metrics_and_prints_the_verdict(tmp_path: Pa
     figure, _ = new_figure()
     with Timer() as timer:
         timer.lap("训练")
-    results = [(LOSS, 0.15, 0.01), (ACCURACY, 0.5, None)]
+    results = [Result(LOSS, 0.15, 0.01), Result(ACCURACY, 0.5, baseline=0.4)]
     figures = {"fit.png": figure}
     metrics = conclude(tmp_path, results, timer, figures=figures, curve=[1, math.nan])
     saved = load_json(tmp_path / "metrics.json")
-    assert saved["results"] == [LOSS.record(0.15, 0.01), ACCURACY.record(0.5)]
+    assert saved["results"] == [LOSS.record(0.15, 0.01), ACCURACY.record(0.5, baseline=0.4)]
     assert saved["results"] == metrics["results"]
     assert saved["curve"] == [1, None] and saved["seconds"] == timer.elapsed
     assert saved["peak_rss_mib"] == pytest.approx(timer.peak_rss_mib, rel=0.1)
@@ -100,7 +102,7 @@ def test_conclude_writes_figures_and_metrics_and_prints_the_verdict(tmp_path: Pa
 def test_smoke_is_never_judged(tmp_path: Path, capsys) -> None:
     with Timer() as timer:
         pass
-    conclude(tmp_path, [(LOSS, 0.15, None)], timer, smoke=True)
+    conclude(tmp_path, [Result(LOSS, 0.15)], timer, smoke=True)
     (record,) = load_json(tmp_path / "metrics.json")["results"]
     assert (record["learned"], record["mark"]) == (None, "未判定")
     out = capsys.readouterr().out
@@ -125,10 +127,10 @@ parser.add_argument("--out-dir", type=pathlib.Path)
 args = parser.parse_args()
 if args.fail:
     sys.exit(3)
-record = dict(metric="均方误差", value=args.value, chance=1.0, floor=0.04, band=[0.2, 0.1],
-              percent=False, learned=args.value <= 0.2,
+record = dict(metric="均方误差", value=args.value, baseline=None, chance=1.0, floor=0.04,
+              band=[0.2, 0.1], percent=False, learned=args.value <= 0.2,
               mark="学会了" if args.value <= 0.2 else "没学会")
-metrics = dict(results=[record], peak_rss_mib=123.6, data_dir=args.data_dir)
+metrics = dict(results=[record], peak_rss_mib=123.6, threads=1, data_dir=args.data_dir)
 (args.out_dir / "metrics.json").write_text(json.dumps(metrics))
 (args.out_dir / "fit.png").write_bytes(b"figure %r" % args.value)
 """
@@ -179,7 +181,7 @@ def test_report_runs_records_and_rewrites_both_readmes(chapter: Path, capfd) -> 
     text = (chapter / "README.md").read_text("utf-8")
     assert text.startswith("前文\n") and text.endswith("后文\n") and "旧表" not in text
     seconds = f"{fit['seconds']:.1f}"
-    row = "| `python train.py` | 均方误差 | **0.15** | 1 | 0.04 | 0.2 ~ 0.1 | 学会了"
+    row = "| `python train.py` | 均方误差 | **0.15** | 1 | — | 0.04 | 0.1 ~ 0.2 | 学会了"
     assert f"{row} | {seconds} | 124 |" in text
     root = (chapter.parent / "README.md").read_text("utf-8")
     link = "[chapter_02_fake](chapter_02_fake/README.md)"
@@ -217,7 +219,9 @@ def test_data_dir_reaches_the_command_as_absolute_path_and_download_is_dropped(
 
     def run(words: list[str], cwd: Path):
         seen.append((words, cwd))
-        save_json(Path(words[-1]) / "metrics.json", {"results": [], "peak_rss_mib": None})
+        save_json(
+            Path(words[-1]) / "metrics.json", {"results": [], "peak_rss_mib": None, "threads": 1}
+        )
         return type("Done", (), {"returncode": 0})
 
     monkeypatch.setattr(report.subprocess, "run", run)
@@ -307,15 +311,15 @@ def test_splice_replaces_only_what_is_between_and_is_idempotent() -> None:
 
 
 def test_render_shows_spread_and_several_metrics_under_one_command() -> None:
-    records = [ACCURACY.record(0.9231) | {"std": 0.0042}, LOSS.record(0.5)]
+    records = [ACCURACY.record(0.9231, 0.0042, 0.85), LOSS.record(0.5)]
     table = report.render(
         {"entries": [entry("a", "python train.py", **measured(0, results=records))]}
     )
     rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
     assert rows == [
-        "| `python train.py` | 准确率 | **92.31% ± 0.42%** | 10.00% | 98.00% | 90.00% ~ 95.00%"
-        " | 学会了 | 9.0 | 100 |",
-        "|  | 均方误差 | **0.5** | 1 | 0.04 | 0.2 ~ 0.1 | 没学会 |  |  |",
+        "| `python train.py` | 准确率 | **92.31% ± 0.42%** | 10.00% | 85.00%"
+        " | 98.00% | 90.00% ~ 95.00% | 学会了 | 9.0 | 100 |",
+        "|  | 均方误差 | **0.5** | 1 | — | 0.04 | 0.1 ~ 0.2 | 没学会 |  |  |",
     ]
     assert "测于 旧机器，torch 2.4.0，2026-01-01" in table
 

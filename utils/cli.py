@@ -219,7 +219,7 @@ def run_main(main: Callable[[], Any]) -> NoReturn:
         code = EXIT_USER_ERROR
     except KeyboardInterrupt:
         print(
-            "\n已中断：此前写好的文件与检查点都完好；有 --resume 的脚本可以加上它接着跑",
+            "\n已中断：此前写好的文件与检查点都完好；支持 --resume 的脚本加上它即可继续",
             file=sys.stderr,
         )
         code = EXIT_INTERRUPTED
