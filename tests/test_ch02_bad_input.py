@@ -314,14 +314,6 @@ def test_resume_from_the_checkpoint_of_another_program(fails: Fails, out_dir: Pa
 # ---------------------------------------------------------------- 真实的进程
 
 
-def test_exit_code_of_a_real_process(run_script: Callable, out_dir: Path) -> None:
-    before = contents(out_dir)
-    done = run_script(SCRIPT, "--epochs", "0", "--out-dir", out_dir)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "参数 --epochs：'0' 不合要求" in only_error(done.stderr)
-    assert contents(out_dir) == before
-
-
 def test_full_disk(out_dir: Path) -> None:
     """限制单个文件的大小来模拟写满的磁盘：第一个检查点就写不下。"""
     resource = pytest.importorskip("resource")  # Windows 上没有

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,22 +25,9 @@ from chapter_02_nn_basics_mlp.losses import cross_entropy_grad, mse_grad
 from chapter_02_nn_basics_mlp.mlp import MLP
 from tests.invariants import assert_batch_independent
 from tests.parity import assert_equal, autograd, normal
+from tests.test_ch02_activations import OFFICIAL
 from utils import count_parameters, make_generator
 from utils.file_io_util import load_checkpoint, save_checkpoint
-
-# 名字 -> (官方函数, 官方模块)
-OFFICIAL: dict[str, tuple[Callable[[Tensor], Tensor], nn.Module]] = {
-    "identity": (lambda x: x, nn.Identity()),
-    "relu": (F.relu, nn.ReLU()),
-    "leaky_relu": (F.leaky_relu, nn.LeakyReLU()),
-    "sigmoid": (torch.sigmoid, nn.Sigmoid()),
-    "tanh": (torch.tanh, nn.Tanh()),
-    "gelu": (F.gelu, nn.GELU()),
-    "gelu_tanh": (lambda x: F.gelu(x, approximate="tanh"), nn.GELU("tanh")),
-    "silu": (F.silu, nn.SiLU()),
-}
-EXTREMES = [0.0, -0.0, 1e-8, -1e-8, 1.0, -1.0, 100.0, -100.0, 800.0, -800.0]
-SHAPES = [(1,), (1, 1), (7, 3), (2, 3, 5)]  # 奇数、批为 1、前面多出的维
 
 
 # ---------------------------------------------------------------- 全连接层与 SwiGLU
