@@ -29,7 +29,6 @@ from tests.test_ch02_activations import OFFICIAL
 from utils import count_parameters, make_generator
 from utils.file_io_util import load_checkpoint, save_checkpoint
 
-
 # ---------------------------------------------------------------- 全连接层与 SwiGLU
 
 
