@@ -17,11 +17,11 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 if not __package__:  # 直接运行脚本时，把仓库根目录加入模块搜索路径
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -44,6 +44,7 @@ from utils import (
 )
 from utils.cli import ArgumentParser, positive_int
 from utils.datasets import ImageBatches, ImageSet, import_torchvision, load_images
+from utils.timer import alternate
 
 HERE = Path(__file__).resolve().parent
 
@@ -120,19 +121,12 @@ def main(argv: Sequence[str] | None = None) -> dict:
     check_same_pixels(ours, theirs)
 
     contenders = {
-        f"{pipeline}, {work}": (measure, batches)
+        f"{pipeline}, {work}": partial(measure, batches, device, args.seed)
         for work, measure in (("data only", read_epoch), ("training", train_epoch))
         for pipeline, batches in (("in-memory", ours), ("DataLoader", theirs))
     }
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    rounds = [-1, *range(args.repeats)]  # 第一轮预热，不计
-    with Timer() as timer, tqdm(total=len(rounds) * len(contenders), desc="测量") as bar:
-        for round_number in rounds:
-            for name, (measure, batches) in contenders.items():
-                elapsed = measure(batches, device, args.seed)
-                if round_number >= 0:
-                    seconds[name].append(elapsed)
-                bar.update()
+    with Timer() as timer:
+        seconds = alternate(contenders, args.repeats)
     for name, values in seconds.items():
         print(f"{name:22s} 最小 {min(values):.3f} 秒，中位数 {statistics.median(values):.3f} 秒")
     best = {name: min(values) for name, values in seconds.items()}

@@ -1,10 +1,9 @@
-"""本章的数据：一维目标函数、二维曲面、双螺旋、双月、Friedman 回归、用户的
-表格，以及图像的平移增强。图像本身由 ``utils.datasets`` 读入。
+"""本章的数据：一维目标函数、二维曲面、Friedman 回归、用户的表格，以及图像的平移增强。
+双螺旋由 ``utils.synth_points`` 生成，图像由 ``utils.datasets`` 读入。
 
-合成数据都由显式的生成器得到，三个划分各自独立抽取，因此没有重叠；凡能算出理论极限的
-（噪声方差、贝叶斯分类器），都在这里算出来。
+合成数据都由显式的生成器得到，三个划分各自独立抽取，因此没有重叠。
 
-维度约定：``N`` 样本数；输入 ``(N, F)``，回归目标 ``(N, 1)``，类别 int64 ``(N,)``。
+维度约定：``N`` 样本数；输入 ``(N, F)``，回归目标 ``(N, 1)``。
 """
 
 from __future__ import annotations
@@ -52,52 +51,6 @@ def uniform(
 ) -> Tensor:
     """``[low, high]`` 上的均匀样本，``(count, features)``。"""
     return low + (high - low) * torch.rand(count, features, generator=generator)
-
-
-# ---------------------------------------------------------------- 二维分类
-
-SPIRAL_TURNS = 1.5  # 每条螺旋臂的圈数
-SPIRAL_NOISE = 0.06  # 各坐标上高斯噪声的标准差
-
-
-def spiral_curve(t: Tensor, label: Tensor | int) -> Tensor:
-    """螺旋臂上参数 ``t ∈ [0, 1]`` 处的点 ``(N, 2)``；两臂相差半圈。"""
-    radius = 0.1 + 0.9 * t
-    angle = 2 * math.pi * SPIRAL_TURNS * t + math.pi * label
-    return torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)
-
-
-def two_spirals(
-    count: int, generator: torch.Generator, noise: float = SPIRAL_NOISE
-) -> tuple[Tensor, Tensor]:
-    """双螺旋：``(N, 2)`` 的点与 0/1 类别；``t`` 均匀，再加各向同性的高斯噪声。"""
-    labels = torch.arange(count) % 2
-    points = spiral_curve(torch.rand(count, generator=generator), labels)
-    return points + noise * torch.randn(count, 2, generator=generator), labels
-
-
-def spiral_bayes(points: Tensor, noise: float = SPIRAL_NOISE, grid: int = 600) -> Tensor:
-    """贝叶斯分类器：每一点属于类别 1 的后验概率 ``(N,)``。
-
-    类条件密度 ``p(x | c) = ∫₀¹ N(x; γ_c(t), noise² I) dt``，对 ``t`` 用等距求和；
-    两类先验相等，后验就是密度之比。它的准确率是任何分类器的上限。
-    """
-    t = (torch.arange(grid, dtype=points.dtype) + 0.5) / grid
-    scores = []
-    for label in (0, 1):
-        distance2 = torch.cdist(points, spiral_curve(t, label)).square()
-        scores.append(torch.logsumexp(-distance2 / (2 * noise**2), dim=1))
-    return torch.sigmoid(scores[1] - scores[0])
-
-
-def moons(count: int, generator: torch.Generator, noise: float = 0.1) -> tuple[Tensor, Tensor]:
-    """双月：两个交错的半圆，``(N, 2)`` 的点与 0/1 类别。"""
-    labels = torch.arange(count) % 2
-    angle = math.pi * torch.rand(count, generator=generator)
-    sign = 1 - 2 * labels
-    points = torch.stack([sign * torch.cos(angle) + labels, sign * torch.sin(angle)], dim=-1)
-    points[:, 1] += 0.5 * labels
-    return points + noise * torch.randn(count, 2, generator=generator), labels
 
 
 # ---------------------------------------------------------------- 回归

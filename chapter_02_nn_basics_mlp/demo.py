@@ -15,13 +15,10 @@ import argparse
 import math
 import statistics
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
@@ -39,7 +36,7 @@ from chapter_02_nn_basics_mlp.approximation import (
     pieces_for,
     spectral_bias,
 )
-from chapter_02_nn_basics_mlp.data import TARGETS, two_spirals
+from chapter_02_nn_basics_mlp.data import TARGETS
 from chapter_02_nn_basics_mlp.diagnostics import (
     SCHEMES,
     dead_fraction,
@@ -61,31 +58,12 @@ from chapter_02_nn_basics_mlp.losses import (
     log_sum_exp_naive,
 )
 from chapter_02_nn_basics_mlp.mlp import MLP, fit_function, spread_kinks
-from utils import (
-    Expectation,
-    Result,
-    Timer,
-    add_common_args,
-    conclude,
-    make_generator,
-    prepare_out_dir,
-    run_main,
-    set_seed,
-)
-from utils.cli import ArgumentParser
+from utils import make_generator, run_main
 from utils.datasets import load_images
+from utils.synth_points import two_spirals
+from utils.topics import Check, Outcome, Topic, run_topics, topic_parser
 
 HERE = Path(__file__).resolve().parent
-
-
-Check = partial(Expectation, learning=False)  # 这里是核对，不是学习
-
-
-class Outcome(NamedTuple):
-    """一个专题的结果：图（可无）与若干 ``(预期, 实测)``。"""
-
-    figure: Figure | None
-    results: list[tuple[Expectation, float]]
 
 
 # ---------------------------------------------------------------- 反向传播、激活、损失
@@ -342,7 +320,7 @@ def topic_descent(seed: int, smoke: bool) -> Outcome:
     return Outcome(figure, [(expectation, test[-1] / best_small)])
 
 
-TOPICS: dict[str, Callable[[int, bool], Outcome]] = {
+TOPICS: dict[str, Topic] = {
     "gradients": topic_gradients,
     "activations": topic_activations,
     "losses": topic_losses,
@@ -362,30 +340,12 @@ TOPICS: dict[str, Callable[[int, bool], Outcome]] = {
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(description="本章的实验")
-    add_common_args(parser, out_dir=HERE / "outputs" / "demo", device=False)
-    parser.add_argument("--topic", choices=["all", *TOPICS], default="all", help="专题")
-    return parser.parse_args(argv)
+    return topic_parser(TOPICS, HERE / "outputs" / "demo").parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
     """依次运行所选的专题；返回写进 ``metrics.json`` 的内容。"""
-    args = parse_args(argv)
-    out_dir = prepare_out_dir(args.out_dir)
-    set_seed(args.seed)
-    torch.set_num_threads(1)  # 都是很小的矩阵，多线程的同步比运算还贵
-    chosen = list(TOPICS) if args.topic == "all" else [args.topic]
-    drawn, results = {}, []
-    with Timer() as timer:
-        for name in chosen:
-            print(f"[{name}] {TOPICS[name].__doc__.splitlines()[0]}")
-            outcome = TOPICS[name](args.seed, args.smoke)
-            if outcome.figure is not None:
-                drawn[f"{name}.png"] = outcome.figure
-            for expectation, value in outcome.results:
-                results.append(Result(expectation, value))
-            timer.lap(name)
-    return conclude(out_dir, results, timer, smoke=args.smoke, figures=drawn, laps=timer.laps)
+    return run_topics(TOPICS, parse_args(argv))
 
 
 if __name__ == "__main__":

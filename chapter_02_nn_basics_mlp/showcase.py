@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from chapter_02_nn_basics_mlp import figures
 from chapter_02_nn_basics_mlp.activations import softmax
-from chapter_02_nn_basics_mlp.data import spiral_bayes
 from chapter_02_nn_basics_mlp.mlp import MLP
 from chapter_02_nn_basics_mlp.tasks import Task, correct
 from utils.datasets import ImageBatches
+from utils.synth_points import spiral_bayes
 
 GALLERY = 24
 REACH = 1.2  # 决策边界图的坐标范围

@@ -14,17 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from chapter_02_nn_basics_mlp.data import (
-    FRIEDMAN_NOISE,
-    friedman,
-    random_shift,
-    read_csv,
-    spiral_bayes,
-    two_spirals,
-)
+from chapter_02_nn_basics_mlp.data import FRIEDMAN_NOISE, friedman, random_shift, read_csv
 from chapter_02_nn_basics_mlp.losses import cross_entropy, mse
 from utils import Expectation, UserError, make_generator
 from utils.datasets import SPLITS, ImageBatches, TensorBatches, load_images
+from utils.synth_points import spiral_bayes, two_spirals
 
 
 def correct(output: Tensor, target: Tensor) -> Tensor:

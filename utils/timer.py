@@ -1,12 +1,17 @@
-"""与设备同步的计时器：``with`` 语句、装饰器、分段（lap）、内存峰值。"""
+"""与设备同步的计时器：``with`` 语句、装饰器、分段（lap）、内存峰值；以及几段代码的交替测量与隔离运行。"""
 
 from __future__ import annotations
 
 import functools
+import multiprocessing
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from types import TracebackType
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
+
+import torch
 
 from utils.device import TorchDevice, peak_rss_mib
 
@@ -90,3 +95,73 @@ class Timer:
 
         timed.timer = Timer(self.device)
         return timed
+
+
+def seconds_of(work: Callable[[], Any], device: TorchDevice | None = None) -> float:
+    """运行一次 ``work``，返回秒数。"""
+    with Timer(device) as timer:
+        work()
+    return timer.elapsed
+
+
+def alternate(
+    contenders: Mapping[str, Callable[[], float]], repeats: int
+) -> dict[str, list[float]]:
+    """轮流运行各个 ``contenders``，使机器忽快忽慢时谁也不吃亏；第一轮预热，不计。
+
+    参数:
+        contenders: 名字 -> 运行一次并返回秒数的函数（准备工作不计时的，自己量；否则用
+            ``seconds_of``）。
+        repeats: 每个计多少次。
+
+    返回:
+        名字 -> ``repeats`` 个秒数。
+    """
+    from tqdm import tqdm
+
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    with tqdm(total=(repeats + 1) * len(contenders), desc="测量", leave=False) as bar:
+        for round_number in range(repeats + 1):
+            for name, measure in contenders.items():
+                elapsed = measure()
+                if round_number > 0:
+                    seconds[name].append(elapsed)
+                bar.update()
+    return seconds
+
+
+# 各家 BLAS 与 OpenMP 的线程数，都在库加载时读环境变量
+_THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+)
+
+
+def run_isolated(function: Callable[..., R], *args: Any, threads: int = 1) -> R:
+    """在一个新的进程里运行 ``function(*args)`` 并返回结果；NumPy 与 PyTorch 都只用 ``threads`` 个线程。
+
+    NumPy 的线程数在导入时就定了，之后改不了，所以要换进程；内存峰值也因此互不影响。
+
+    参数:
+        function: 模块最外层的函数；参数与返回值须能序列化。
+        threads: 线程数。
+    """
+    previous = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
+    os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))
+    try:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+            return pool.submit(_with_threads, threads, function, args).result()
+    finally:
+        for name, value in previous.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _with_threads(threads: int, function: Callable[..., R], args: tuple[Any, ...]) -> R:
+    torch.set_num_threads(threads)
+    return function(*args)

@@ -1,0 +1,182 @@
+"""数值检查：用差分核对梯度，以及差分自己有多准。
+
+本文件教什么：梯度写错了，训练往往照样收敛，只是差一些；唯一可靠的检查是与差分比较。差分的步长太大有
+截断误差，太小有舍入误差，误差对步长的曲线是 U 形；最低点在哪里、有多低，由浮点格式决定。
+不涉及：复数。对应 README 的「数值检查」一节。
+
+参考: Squire, Trapp, 1998, SIAM Review 40(1)（复数步长）。
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from chapter_01_tensor_autograd.engine import Tensor, grad
+from utils.seed import make_generator
+
+Function = Callable[..., Tensor]  # 引擎张量 -> 引擎张量
+
+
+class GradientError(AssertionError):
+    """解析梯度与数值梯度不符。"""
+
+
+def best_step(dtype: type, order: int) -> float:
+    """误差 ``h^order + ε/h`` 最小的步长的量级：``ε^{1/(order+1)}``；中心差分 ``order = 2``。"""
+    return float(np.finfo(dtype).eps) ** (1 / (order + 1))
+
+
+def forward_difference(f: Callable, x: np.ndarray, h: float) -> np.ndarray:
+    """``(f(x + h) − f(x))/h``，``f`` 逐元素；截断误差 ``O(h)``。"""
+    return (f(x + x.dtype.type(h)) - f(x)) / x.dtype.type(h)
+
+
+def central_difference(f: Callable, x: np.ndarray, h: float) -> np.ndarray:
+    """``(f(x + h) − f(x − h))/2h``，``f`` 逐元素；奇数次项抵消，截断误差 ``O(h²)``。"""
+    step = x.dtype.type(h)
+    return (f(x + step) - f(x - step)) / (2 * step)
+
+
+def complex_step(f: Callable, x: np.ndarray, h: float) -> np.ndarray:
+    """``Im f(x + ih)/h``：没有相减，就没有抵消，步长可以任意小；``f`` 须能接受复数。"""
+    return np.imag(f(x + 1j * h)) / h
+
+
+def numeric_gradient(f: Callable[[np.ndarray], float], x: np.ndarray, h: float) -> np.ndarray:
+    """标量函数的梯度，逐个元素做中心差分：``2·x.size`` 次求值。"""
+    gradient = np.empty_like(x)
+    probe = x.copy()
+    for index in np.ndindex(x.shape):
+        probe[index] = x[index] + h
+        above = f(probe)
+        probe[index] = x[index] - h
+        gradient[index] = (above - f(probe)) / (2 * h)
+        probe[index] = x[index]
+    return gradient
+
+
+def gradcheck(
+    function: Function,
+    inputs: Sequence[np.ndarray],
+    seed: int = 0,
+    tolerance: float = 1e-6,
+    h: float | None = None,
+) -> float:
+    """核对引擎对 ``function`` 的每个输入的梯度，返回最大相对误差。
+
+    输出先与一个随机的张量作内积，变成标量：一次反向就同时查了雅可比矩阵的每一行（的随机组合）。
+
+    参数:
+        function: 引擎张量 -> 引擎张量。
+        inputs: float64 的数组；点要避开不可导处。
+        tolerance: 允许的相对误差。
+        h: 差分的步长，缺省 ``best_step(float64, 2)`` ≈ 6e-6。
+
+    异常:
+        TypeError: 输入不是 float64（float32 的差分只有三四位有效数字，查不出什么）。
+        GradientError: 误差超出允许的范围。
+    """
+    leaves, weight = _prepare(function, inputs, seed)
+    h = best_step(np.float64, 2) if h is None else h
+    gradients = grad(function(*leaves), leaves, weight, allow_unused=True)
+    worst = 0.0
+    for index, (x, g) in enumerate(zip(inputs, gradients, strict=True)):
+
+        def scalar(probe: np.ndarray, index: int = index) -> float:
+            return _weighted(function, inputs, {index: probe}, weight)
+
+        expected = numeric_gradient(scalar, x, h)
+        actual = np.zeros_like(x) if g is None else g.numpy()
+        error = _relative(actual, expected)
+        worst = max(worst, error)
+        if not error <= tolerance:
+            place = np.unravel_index(np.abs(actual - expected).argmax(), x.shape)
+            raise GradientError(
+                f"第 {index} 个输入 {x.shape} 的梯度不对：相对误差 {error:.1e}，最大处在 "
+                f"{tuple(map(int, place))}，解析 {actual[place]:.6g}，数值 {expected[place]:.6g}"
+            )
+    return worst
+
+
+def directional_check(
+    function: Function,
+    inputs: Sequence[np.ndarray],
+    directions: int = 5,
+    seed: int = 0,
+    tolerance: float = 1e-6,
+) -> float:
+    """大输入的检查：只沿几个随机方向 ``v`` 比较 ``⟨∇f, v⟩`` 与差分，每个方向两次求值。
+
+    梯度有错而 ``⟨错误, v⟩ = 0`` 的概率为零，所以一个方向就能发现错误；代价与输入的大小无关。
+    返回最大相对误差；不符时抛出 ``GradientError``。
+    """
+    leaves, weight = _prepare(function, inputs, seed)
+    gradients = grad(function(*leaves), leaves, weight, allow_unused=True)
+    generator, worst = make_generator(seed + 1), 0.0
+    for _ in range(directions):
+        vs = [_normal(x.shape, generator) for x in inputs]
+        norm = math.sqrt(sum(float((v * v).sum()) for v in vs))
+        # 单位方向上的步长按 √元素数 放大，平均到每个元素仍是最佳步长
+        h = best_step(np.float64, 2) * math.sqrt(sum(x.size for x in inputs))
+        up, down = (
+            _weighted(
+                function,
+                inputs,
+                {
+                    i: x + sign * h / norm * v
+                    for i, (x, v) in enumerate(zip(inputs, vs, strict=True))
+                },
+                weight,
+            )
+            for sign in (1, -1)
+        )
+        expected = (up - down) / (2 * h)
+        parts = (0.0 if g is None else float((g.numpy() * v).sum()) for g, v in
+                 zip(gradients, vs, strict=True))  # fmt: skip
+        actual = sum(parts) / norm
+        error = _relative(np.array(actual), np.array(expected))
+        worst = max(worst, error)
+        if not error <= tolerance:
+            raise GradientError(
+                f"方向导数不对：相对误差 {error:.1e}，解析 {actual:.6g}，数值 {expected:.6g}"
+            )
+    return worst
+
+
+# ---------------------------------------------------------------- 公共部分
+
+
+def _normal(shape: tuple[int, ...], generator: torch.Generator) -> np.ndarray:
+    return torch.randn(shape, generator=generator, dtype=torch.float64).numpy()
+
+
+def _prepare(
+    function: Function, inputs: Sequence[np.ndarray], seed: int
+) -> tuple[list[Tensor], np.ndarray]:
+    """叶子，以及与输出同形的随机权重。"""
+    for index, x in enumerate(inputs):
+        if not isinstance(x, np.ndarray) or x.dtype != np.float64:
+            kind = getattr(x, "dtype", type(x).__name__)
+            raise TypeError(f"第 {index} 个输入应为 float64 数组，实为 {kind}")
+    leaves = [Tensor(x, requires_grad=True) for x in inputs]
+    return leaves, _normal(function(*leaves).shape, make_generator(seed))
+
+
+def _weighted(
+    function: Function,
+    inputs: Sequence[np.ndarray],
+    replaced: dict[int, np.ndarray],
+    weight: np.ndarray,
+) -> float:
+    """换掉若干输入，求输出与 ``weight`` 的内积。"""
+    values = [Tensor(replaced.get(i, x)) for i, x in enumerate(inputs)]
+    return float((function(*values).numpy() * weight).sum())
+
+
+def _relative(actual: np.ndarray, expected: np.ndarray) -> float:
+    scale = max(float(np.abs(expected).max(initial=0)), float(np.abs(actual).max(initial=0)), 1e-8)
+    return float(np.abs(actual - expected).max(initial=0)) / scale

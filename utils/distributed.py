@@ -1,0 +1,82 @@
+"""多进程：由脚本自己派生，或由 torchrun 启动；进程之间经 ``torch.distributed`` 通信。
+
+    result = launch(worker, processes=2, args=(x,))     # worker(x) 在每个进程里运行
+
+同一个脚本两种启动方式：``python 脚本.py`` 时在这里派生子进程；由 ``torchrun`` 启动时进程已经有了，
+只要加入进程组。
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from utils.cli import UserError
+
+
+def launched_by_torchrun() -> bool:
+    """本进程是否由 torchrun 启动。"""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+def launch(
+    worker: Callable[..., Any], processes: int, args: tuple[Any, ...] = (), backend: str = "gloo"
+) -> Any:
+    """在 ``processes`` 个进程里各运行一次 ``worker(*args)``，返回 0 号进程的返回值。
+
+    ``worker`` 里可以直接使用 ``torch.distributed``；每个进程只用一个线程。由 torchrun 启动时
+    不再派生，进程数以它为准，每个进程都得到自己的返回值。
+
+    参数:
+        worker: 模块最外层的函数（派生的进程要能按名字找到它）。
+        processes: 进程数。
+        args: 传给 ``worker`` 的参数，须能序列化。
+        backend: ``gloo``（CPU）或 ``nccl``（GPU）。
+
+    异常:
+        UserError: 这个 PyTorch 没有编入 ``torch.distributed``。
+    """
+    if not dist.is_available():
+        raise UserError("这个 PyTorch 没有编入 torch.distributed，无法多进程运行")
+    if launched_by_torchrun():
+        return _join(worker, args, backend)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (Path(folder), processes, worker, args, backend)
+        context = torch.multiprocessing.start_processes(
+            _child, arguments, nprocs=processes, join=False, start_method="spawn"
+        )
+        try:
+            while not context.join():
+                pass
+        except BaseException:  # 包括 Ctrl-C：不留下无主的进程
+            for process in context.processes:
+                process.terminate()
+            raise
+        return pickle.loads((Path(folder) / "result").read_bytes())
+
+
+def _child(
+    rank: int, folder: Path, processes: int, worker: Callable, args: tuple, backend: str
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C 由父进程处理
+    store = dist.FileStore(str(folder / "store"), processes)
+    result = _join(worker, args, backend, store=store, rank=rank, world_size=processes)
+    if rank == 0:
+        (folder / "result").write_bytes(pickle.dumps(result))
+
+
+def _join(worker: Callable, args: tuple, backend: str, **where: Any) -> Any:
+    torch.set_num_threads(1)
+    dist.init_process_group(backend, **where)
+    try:
+        return worker(*args)
+    finally:
+        dist.destroy_process_group()
