@@ -1,12 +1,12 @@
 """自定义算子：用 ``torch.autograd.Function`` 写自己的前向与反向。
 
 本文件教什么：什么时候值得自己写反向（融合、省内存、不可导的前向），以及怎样写对。三个例子：
-``fused_cross_entropy`` 把几步并成一个算子；``binarize`` 前向不可导，反向用直通估计；``silu`` 只存输入，
-反向重算，并且另写了反向的反向。每个都用 ``gradcheck``、``gradgradcheck`` 核对。
+``fused_cross_entropy`` 把几步并成一个算子；``binarize`` 前向不可导，反向用直通估计；``silu`` 只存
+输入，反向重算，并且另写了反向的反向。每个都用 ``gradcheck``、``gradgradcheck`` 核对。
 不涉及：C++ 与 CUDA 扩展。对应 README 的「自定义算子」一节。
 
-反向里若只用可导的运算处理保存的张量，二阶导数就自动有了（前两个例子）；反向若也是一个 ``Function``，
-则要为它再写一次反向（第三个例子）。
+反向里若只用可导的运算处理保存的张量，二阶导数就自动有了（前两个例子）；反向若也是一个
+``Function``，则要为它再写一次反向（第三个例子）。
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class _SiLU(Function):
 
 
 class _SiLUBackward(Function):
-    """``gx = g y′(x)``，``y′ = σ + xσ(1−σ)``；它自己也有反向，要用到 ``y″ = σ(1−σ)(2 + x(1−2σ))``。"""
+    """``gx = g y′(x)``，``y′ = σ + xσ(1−σ)``；它的反向要用 ``y″ = σ(1−σ)(2 + x(1−2σ))``。"""
 
     @staticmethod
     def forward(g: Tensor, x: Tensor) -> Tensor:

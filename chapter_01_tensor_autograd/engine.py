@@ -11,7 +11,8 @@
     print(x.grad)
 
 与 PyTorch 的差别：不同 dtype 的张量不能直接运算（没有隐式提升）；``max``、``min`` 的并列者平分梯度
-（同 ``torch.amax``）；视图被原地修改之后，共用内存的其他张量不再能参与求导（PyTorch 会改写它们的来历）。
+（同 ``torch.amax``）；视图被原地修改之后，共用内存的其他中间结果再参与运算会报错（PyTorch 则改写
+它们的来历）。
 """
 
 from __future__ import annotations

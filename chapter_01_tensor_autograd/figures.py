@@ -1,4 +1,4 @@
-"""train.py、data_parallel.py 与 benchmark.py 的图：接受数组，返回 ``Figure``；不训练，不读写文件。"""
+"""train.py、data_parallel.py、benchmark.py 的图：接受数组，返回 ``Figure``；不训练，不读写。"""
 
 from __future__ import annotations
 

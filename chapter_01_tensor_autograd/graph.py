@@ -57,7 +57,7 @@ class Storage:
 
 
 class Variable:
-    """会记账的数组：数据 ``data``、梯度 ``grad``、来历 ``grad_fn``（叶子没有来历，为 ``None``）。"""
+    """会记账的数组：数据 ``data``、梯度 ``grad``、来历 ``grad_fn``（叶子没有，为 ``None``）。"""
 
     __slots__ = (
         "__weakref__", "data", "grad", "grad_fn", "hooks", "recorded_at", "requires_grad",
@@ -170,8 +170,8 @@ def backpropagate(
 ) -> dict[Vertex, Variable]:
     """反向传播：``seed`` 是对 ``root`` 的梯度。
 
-    ``targets`` 为 ``None`` 时累加到每个叶子的 ``grad``；否则只走通向 ``targets`` 的边，并返回对它们的
-    梯度，不碰任何 ``grad``。每个顶点等全部下游都到齐才处理一次；处理完就释放，峰值内存随之下降。
+    ``targets`` 为 ``None`` 时累加到每个叶子的 ``grad``；否则只走通向 ``targets`` 的边，并返回对
+    它们的梯度，不碰任何 ``grad``。每个顶点等全部下游都到齐才处理一次；处理完就释放，内存随之下降。
     """
     start = root.grad_fn or root
     order = topological_order(start)

@@ -18,7 +18,6 @@ import torch
 from chapter_01_tensor_autograd import functional as F
 from chapter_01_tensor_autograd.engine import Tensor
 
-
 ACTIVATIONS = ("relu", "tanh", "sigmoid", "gelu", "silu")
 
 

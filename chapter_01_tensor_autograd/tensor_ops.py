@@ -49,7 +49,7 @@ def strided_index(
 def view_strides(shape: Shape, strides: Shape, new_shape: Shape) -> tuple[int, ...] | None:
     """不复制能否把 ``(shape, strides)`` 看成 ``new_shape``：能则返回新步幅，不能返回 ``None``。
 
-    旧的各维先并成若干"内部连续"的组（外层步幅 = 内层步幅 × 内层大小），新的每一维必须整个落在一组里。
+    旧的各维先并成若干"内部连续"的组（外层步幅 = 内层步幅 × 内层大小），新的每一维须整个落在一组里。
     """
     if _count(shape) != _count(new_shape):
         raise ValueError(f"形状 {tuple(shape)} 与 {tuple(new_shape)} 的元素个数不同")
@@ -192,7 +192,7 @@ def einsum_by_hand(equation: str, a: Tensor, b: Tensor) -> Tensor:
 
 def _diagonal(names: str, x: Tensor) -> Tensor:
     """重复的字母只留一维：步幅相加，就是沿对角线走。"""
-    shape = {name: size for name, size in zip(names, x.shape, strict=True)}
+    shape = dict(zip(names, x.shape, strict=True))
     strides = dict.fromkeys(names, 0)
     for name, stride in zip(names, x.stride(), strict=True):
         strides[name] += stride

@@ -1,4 +1,4 @@
-"""与设备同步的计时器：``with`` 语句、装饰器、分段（lap）、内存峰值；以及几段代码的交替测量与隔离运行。"""
+"""与设备同步的计时器：``with`` 语句、装饰器、分段（lap）、内存峰值；交替测量，隔离运行。"""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ _THREAD_VARIABLES = (
 
 
 def run_isolated(function: Callable[..., R], *args: Any, threads: int = 1) -> R:
-    """在一个新的进程里运行 ``function(*args)`` 并返回结果；NumPy 与 PyTorch 都只用 ``threads`` 个线程。
+    """在新的进程里运行 ``function(*args)`` 并返回结果，NumPy 与 PyTorch 都用 ``threads`` 个线程。
 
     NumPy 的线程数在导入时就定了，之后改不了，所以要换进程；内存峰值也因此互不影响。
 
