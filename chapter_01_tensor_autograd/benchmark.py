@@ -4,10 +4,10 @@
     python benchmark.py --dataset mnist --data-dir 数据文件夹   # 真实的 MNIST，一轮 60000 张
 
 1. MLP 784-256-10，批 128，SGD，float32，训练一轮：引擎与 PyTorch 轮流，权重与批次都相同。
-2. 标量引擎上 MLP 2-16-16-1 的一步（100 个样本）：图里有环与无环，垃圾回收器开与关。
+2. 标量引擎上 MLP 2-16-16-1 的一步（全部样本为一批，缺省 100 个）：图里有环与无环，垃圾回收器开与关。
 3. 引擎里一百万个结点的链：前向、反向的时间，每个结点的内存。
 
-每一项都在新的进程里、用 ``--threads`` 个线程（缺省 1）测量，互不影响。
+都在一个新的进程里、用 ``--threads`` 个线程（缺省 1）测量。
 """
 
 from __future__ import annotations
@@ -113,9 +113,9 @@ def measure_epoch(data: tuple, repeats: int, seed: int) -> dict[str, Any]:
 # ---------------------------------------------------------------- 标量引擎与垃圾回收
 
 
-def measure_scalar(repeats: int) -> dict[str, list[float]]:
+def measure_scalar(repeats: int, samples: int) -> dict[str, list[float]]:
     """一步的秒数：结点无环与有环，垃圾回收器开与关。"""
-    points, labels = two_moons(100, make_generator(0), noise=0.1)
+    points, labels = two_moons(samples, make_generator(0), noise=0.1)
     xs, ys = points.tolist(), (2 * labels - 1).tolist()
     seconds: dict[str, list[float]] = {}
     for name, node, count in (
@@ -141,25 +141,32 @@ def measure_scalar(repeats: int) -> dict[str, list[float]]:
 # ---------------------------------------------------------------- 很长的链
 
 
-def measure_chain(length: int) -> dict[str, float]:
-    """``length`` 个结点首尾相接：前向与反向的秒数，峰值内存增加了多少 MiB，梯度是否正确。"""
-    x, before = Tensor(1.0, requires_grad=True), peak_rss_mib()
-    factor = 1 + 1 / length
+def measure_chains(lengths: Sequence[int]) -> list[dict[str, float]]:
+    """由短到长的几条链：前向与反向的秒数，峰值内存比开始时多了多少 MiB，梯度的相对误差。"""
+    base, rows = peak_rss_mib(), []
+    for length in lengths:
+        x, factor = Tensor(1.0, requires_grad=True), 1 + 1 / length
+        with Timer() as timer:
+            y = x
+            for _ in range(length):
+                y = y * factor
+            timer.lap("forward")
+            y.backward()
+            timer.lap("backward")
+        expected = factor**length
+        error = abs(x.grad.item() - expected) / expected
+        memory = {"length": length, "mib": peak_rss_mib() - base, "error": error}
+        rows.append(timer.laps | memory)
+    return rows
 
-    def forward() -> Tensor:
-        y = x
-        for _ in range(length):
-            y = y * factor
-        return y
 
-    with Timer() as timer:
-        y = forward()
-        timer.lap("forward")
-        y.backward()
-        timer.lap("backward")
-    expected = factor**length
-    error = abs(x.grad.item() - expected) / expected
-    return timer.laps | {"length": length, "mib": peak_rss_mib() - before, "error": error}
+def measure_all(data: tuple, args: argparse.Namespace) -> dict[str, Any]:
+    """三项依次测；链最先，内存的峰值才不受别项影响。"""
+    return {
+        "chains": measure_chains([args.chain // 4, args.chain]),
+        "epoch": measure_epoch(data, args.repeats, args.seed),
+        "scalar": measure_scalar(args.repeats, args.samples),
+    }
 
 
 # ---------------------------------------------------------------- 入口
@@ -177,9 +184,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=positive_int, default=25, metavar="N", help="每项测几次")
     add("--threads", type=positive_int, default=1, metavar="N", help="线程数")
     add("--chain", type=positive_int, default=1_000_000, metavar="N", help="链有多长")
+    add("--samples", type=positive_int, default=100, metavar="N", help="标量引擎的样本数")
     args = parser.parse_args(argv)
     if args.smoke:
-        args.repeats, args.chain = 1, 2_000
+        args.repeats, args.chain, args.samples = 1, 40_000, 10
     return args
 
 
@@ -191,11 +199,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
     torch.set_num_threads(args.threads)
     limit = 256 if args.smoke else None
     data = load_flat(args.dataset, args.data_dir, args.download, limit)
-    isolated = partial(run_isolated, threads=args.threads)
     with Timer() as timer:
-        epoch = isolated(measure_epoch, data, args.repeats, args.seed)
-        scalar = isolated(measure_scalar, args.repeats)
-        chains = [isolated(measure_chain, n) for n in (args.chain // 4, args.chain)]
+        found = run_isolated(measure_all, data, args, threads=args.threads)
+    chains, epoch, scalar = found.values()
     report_epoch(epoch, len(data[0]))
     best = {name: statistics.median(values) for name, values in scalar.items()}
     for name, value in best.items():
@@ -224,9 +230,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         timer,
         smoke=args.smoke,
         figures={"speed.png": figures.speed_figure(epoch["seconds"], scalar, chains)},
-        epoch=epoch,
-        scalar=scalar,
-        chains=chains,
+        **found,
     )
 
 
