@@ -49,6 +49,7 @@ class SGD(Optimizer):
         self.velocity: list[np.ndarray | None] = [None] * len(self.parameters)
 
     def update(self, index: int, grad: np.ndarray, out: np.ndarray) -> np.ndarray:
+        """``ηg``，有动量时 ``ηv``。"""
         if self.momentum:
             if self.velocity[index] is None:
                 self.velocity[index] = grad.copy()
@@ -80,6 +81,7 @@ class Adam(Optimizer):
         self.second = [np.zeros_like(p.numpy()) for p in self.parameters]
 
     def update(self, index: int, grad: np.ndarray, out: np.ndarray) -> np.ndarray:
+        """``η m̂/(√v̂ + ε)``。"""
         beta1, beta2 = self.betas
         m, v = self.first[index], self.second[index]
         m += (1 - beta1) * (grad - m)
