@@ -63,7 +63,7 @@ class Variable:
         "__weakref__", "data", "grad", "grad_fn", "hooks", "recorded_at", "requires_grad",
         "storage",
     )  # fmt: skip
-    edges: tuple = ()  # 叶子是图的边界
+    inputs: tuple = ()  # 叶子是图的边界
 
     def __init__(self, data: Any, storage: Storage | None = None) -> None:
         self.data = data if type(data) is np.ndarray else np.asarray(data)
@@ -81,31 +81,33 @@ class Variable:
 
 
 class Node:
-    """一次运算的账目：``edges`` 的每一项是 (输入所在的顶点, 输入的形状, VJP)。"""
+    """一次运算的账目：``inputs`` 各输入所在的顶点，``shapes`` 它们的形状，``vjps`` 各一个 VJP。"""
 
-    __slots__ = ("edges", "freed", "hooks", "name", "output", "saved")
+    __slots__ = ("hooks", "inputs", "name", "output", "saved", "shapes", "vjps")
 
     def __init__(
         self, name: str, edges: Sequence[tuple[Variable, Vjp]], output: Variable | None
     ) -> None:
-        self.name, self.output, self.hooks, self.freed = name, output, None, False
-        saved, self.edges = [] if output is None else [output], []
+        self.name, self.output, self.hooks = name, output, None
+        saved = [] if output is None else [output]
         for x, vjp in edges:
             if x.recorded_at != x.storage.version and x.grad_fn is not None:
                 raise RuntimeError(
                     f"{name}：形状 {x.data.shape} 的输入（由 {x.grad_fn.name} 得到）的内容已被"
                     "另一个共用内存的张量原地修改，来历不再成立：请先 clone() 再原地修改"
                 )
-            self.edges.append((x.grad_fn or x, x.data.shape, vjp))
             # VJP 的闭包捉住的张量，就是为反向保存的张量
             for cell in vjp.__closure__ or ():
                 if isinstance(cell.cell_contents, Variable):
                     saved.append(cell.cell_contents)
         self.saved = [(x.storage, x.storage.version, x.data.shape) for x in saved]
+        self.inputs = tuple(x.grad_fn or x for x, _ in edges)
+        self.shapes = tuple(x.data.shape for x, _ in edges)
+        self.vjps = tuple(vjp for _, vjp in edges)
 
     def check(self) -> None:
         """反向经过之前：账目还在，保存的张量也没有被改过。"""
-        if self.freed:
+        if not self.vjps:
             raise RuntimeError(
                 f"{self.name} 的计算图已经释放：第二次反向之前，第一次要写 retain_graph=True，"
                 "或者重新做一遍前向"
@@ -118,8 +120,8 @@ class Node:
                 )
 
     def free(self) -> None:
-        """用过即弃：松开通向输入的边与保存的张量。"""
-        self.edges, self.saved, self.output, self.freed = (), (), None, True
+        """用过即弃：放掉 VJP 与它们捉住的张量；图的骨架不占多少内存，留着。"""
+        self.vjps, self.saved, self.output = (), (), None
 
 
 Vertex = Node | Variable
@@ -147,13 +149,13 @@ def record(name: str, data: Any, *edges: tuple[Variable, Vjp], save_output: bool
 
 def topological_order(root: Vertex) -> list[Vertex]:
     """从 ``root`` 能走到的全部顶点，输入总在前面；用自己的栈而不用递归，多深的图都行。"""
-    order, visited, stack = [], {root}, [(root, iter(root.edges))]
+    order, visited, stack = [], {root}, [(root, iter(root.inputs))]
     while stack:
         vertex, remaining = stack[-1]
-        for parent, _, _ in remaining:
+        for parent in remaining:
             if parent not in visited:
                 visited.add(parent)
-                stack.append((parent, iter(parent.edges)))
+                stack.append((parent, iter(parent.inputs)))
                 break
         else:  # 全部输入都已排好
             order.append(vertex)
@@ -193,9 +195,11 @@ def backpropagate(
                 if targets is None:
                     vertex.grad = g if vertex.grad is None else vertex.grad + g
                 continue
+            if needed is not None and needed.isdisjoint(vertex.inputs):
+                continue  # 目标到了，不必再往前
             vertex.check()
             arguments = (g,) if vertex.output is None else (g, _with_history(vertex))
-            for parent, shape, vjp in vertex.edges:
+            for parent, shape, vjp in zip(vertex.inputs, vertex.shapes, vertex.vjps, strict=True):
                 if needed is not None and parent not in needed:
                     continue
                 part = vjp(*arguments)
@@ -216,7 +220,7 @@ def _leading_to(targets: set[Vertex], order: list[Vertex]) -> set[Vertex]:
     """``order`` 里能走到 ``targets`` 的顶点（含它们自己）。"""
     leading: set[Vertex] = set()
     for vertex in order:  # 输入在前，所以一趟就够
-        if vertex in targets or any(parent in leading for parent, _, _ in vertex.edges):
+        if vertex in targets or not leading.isdisjoint(vertex.inputs):
             leading.add(vertex)
     return leading
 

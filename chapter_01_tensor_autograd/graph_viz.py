@@ -80,7 +80,7 @@ def _trace_engine(output: Tensor, by_id: Mapping[int, str]) -> Graph:
         leaf = isinstance(vertex, Variable)
         graph.labels.append(_leaf_label(vertex, by_id) if leaf else vertex.name)
         graph.is_leaf.append(leaf)
-        for parent, shape, _ in vertex.edges:
+        for parent, shape in zip(vertex.inputs, getattr(vertex, "shapes", ()), strict=True):
             graph.edges.append((number[parent], number[vertex], _shape(shape)))
     return graph
 
