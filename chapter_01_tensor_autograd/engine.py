@@ -187,11 +187,15 @@ class Tensor(Variable):
                 f"{name}：形状 {self.shape} 是广播或滑窗得到的只读视图，请先 clone()"
             )
         self.data[...] = result.data
-        self.storage.version += 1
-        self.recorded_at = self.storage.version
+        self._touch()
         if result.requires_grad:
             self.grad_fn, self.requires_grad = result.grad_fn, True
         return self
+
+    def _touch(self) -> None:
+        """内容变了：版本号加一。"""
+        self.storage.version += 1
+        self.recorded_at = self.storage.version
 
     def add_(self, other: Operand) -> Tensor:
         """原地 ``self += other``。"""
@@ -217,10 +221,20 @@ class Tensor(Variable):
         return self.copy_(0.0)
 
     def __setitem__(self, index: Any, value: Operand) -> None:
+        index = structure.plain_index(index)
+        part = np.asarray(self.data[index])
+        value = elementwise.operands("setitem", self, value)[1]
+        written = _is_same_memory(value, part) and self.recorded_at == self.storage.version - 1
+        value = value.expand(*part.shape)
+        if not (is_grad_enabled() and (self.requires_grad or value.requires_grad)):
+            self.data[index] = value.data
+            self._touch()
+            return
+        if written:  # ``x[index] += v`` 已经通过视图写好了，只差来历：其余的元素没有变
+            self.recorded_at = self.storage.version
         mask = np.zeros(self.shape, dtype=bool)
-        mask[structure.plain_index(index)] = True
-        placed = elementwise.operands("setitem", self, value)[1].expand(*self[index].shape)
-        self._replace("setitem", structure.scatter(placed, index, self.shape).where(mask, self))
+        mask[index] = True
+        self._replace("setitem", structure.scatter(value, index, self.shape).where(mask, self))
 
     __iadd__, __isub__, __imul__ = add_, sub_, mul_
 
@@ -356,6 +370,12 @@ class Tensor(Variable):
         """换一种 dtype；梯度换回来。"""
         old = self.dtype
         return record("astype", self.data.astype(dtype), (self, lambda g: g.astype(old)))
+
+
+def _is_same_memory(x: Tensor, part: np.ndarray) -> bool:
+    """``x`` 是否恰好就是 ``part`` 那块内存。"""
+    places = [(a.ctypes.data, a.shape, a.strides) for a in (x.data, part)]
+    return places[0] == places[1]
 
 
 def _flat(arguments: tuple[Any, ...]) -> tuple[int, ...]:

@@ -101,9 +101,9 @@ class Node:
                 if isinstance(cell.cell_contents, Variable):
                     saved.append(cell.cell_contents)
         self.saved = [(x.storage, x.storage.version, x.data.shape) for x in saved]
-        self.inputs = tuple(x.grad_fn or x for x, _ in edges)
-        self.shapes = tuple(x.data.shape for x, _ in edges)
-        self.vjps = tuple(vjp for _, vjp in edges)
+        self.inputs = tuple([x.grad_fn or x for x, _ in edges])
+        self.shapes = tuple([x.data.shape for x, _ in edges])
+        self.vjps = tuple([vjp for _, vjp in edges])
 
     def check(self) -> None:
         """反向经过之前：账目还在，保存的张量也没有被改过。"""
