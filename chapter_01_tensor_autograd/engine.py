@@ -188,8 +188,8 @@ class Tensor(Variable):
             )
         self.data[...] = result.data
         self._touch()
-        if result.requires_grad:
-            self.grad_fn, self.requires_grad = result.grad_fn, True
+        if is_grad_enabled():  # 不记账时，来历照旧
+            self.grad_fn, self.requires_grad = result.grad_fn, result.requires_grad
         return self
 
     def _touch(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from utils.plot import DIVERGING, MUTED, PALETTE, new_figure
+from utils.plot import DIVERGING, MUTED, PALETTE, new_figure, plot_curves
 
 CLASS_COLORS = PALETTE[:2]
 Extent = tuple[float, float, float, float]
@@ -31,13 +31,17 @@ def curves_figure(record: Mapping[str, Mapping[str, Sequence[float]]], window: i
     grid[0, 0].legend()
     ours, theirs = (np.array(history["loss"]) for history in record.values())
     gap = np.abs(ours - theirs)
-    axes = grid[0, 1]
+    axes, epsilon = grid[0, 1], np.finfo(float).eps
     axes.plot(np.where(gap > 0, gap, np.nan), ".", color=PALETTE[2], markersize=2)
-    epsilon = np.finfo(float).eps
-    axes.axhline(epsilon, color=MUTED, linestyle="--", linewidth=1)
-    axes.text(len(gap), epsilon * 1.3, "float64 epsilon", ha="right", fontsize=8, color=MUTED)
-    title = "|engine − PyTorch| at every step"
-    axes.set(xlabel="step", ylabel="difference (nats)", title=title, yscale="log")
+    plot_curves(
+        axes,
+        {},
+        xlabel="step",
+        ylabel="difference (nats)",
+        title="|engine − PyTorch| at every step",
+        references={"float64 epsilon": epsilon},
+        log_y=True,
+    )
     return figure
 
 

@@ -339,6 +339,21 @@ def test_in_place_values_and_gradients_equal_torch() -> None:
         np.testing.assert_allclose(mine, official, rtol=1e-14)
 
 
+def test_overwriting_cuts_the_history() -> None:
+    results = []
+    for make in (Tensor, torch.tensor):
+        x = make([1.0, 2.0], requires_grad=True)
+        y, z = x * 3.0, x * 5.0
+        y.zero_()
+        z[0] = 7.0
+        (y + z * z).sum().backward()
+        results.append(np.asarray(x.grad).tolist())
+    assert results[0] == results[1] == [0.0, 100.0]
+    buffer = Tensor([0.0, 0.0])
+    buffer.add_(Tensor([1.0, 2.0], requires_grad=True) * 2.0)  # 原来不要求梯度的，从此在图里
+    assert buffer.requires_grad and buffer.numpy().tolist() == [2.0, 4.0]
+
+
 @pytest.mark.parametrize(
     ("operation", "needed"),
     [
