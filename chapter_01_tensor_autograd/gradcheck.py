@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -80,10 +79,10 @@ def gradcheck(
         TypeError: 输入不是 float64（float32 的差分只有三四位有效数字，查不出什么）。
         GradientError: 误差超出允许的范围。
     """
-    leaves, weight = _prepare(function, inputs, seed)
+    leaves, y, weight = _prepare(function, inputs, seed)
     h = best_step(np.float64, 2) if h is None else h
-    gradients = grad(function(*leaves), leaves, weight, allow_unused=True)
-    worst = 0.0
+    gradients = grad(y, leaves, weight, allow_unused=True)
+    floor, worst = _noise(y.numpy() * weight, h) / tolerance, 0.0
     for index, (x, g) in enumerate(zip(inputs, gradients, strict=True)):
 
         def scalar(probe: np.ndarray, index: int = index) -> float:
@@ -91,7 +90,7 @@ def gradcheck(
 
         expected = numeric_gradient(scalar, x, h)
         actual = np.zeros_like(x) if g is None else g.numpy()
-        error = _relative(actual, expected)
+        error = _relative(actual, expected, floor)
         worst = max(worst, error)
         if not error <= tolerance:
             place = np.unravel_index(np.abs(actual - expected).argmax(), x.shape)
@@ -114,31 +113,22 @@ def directional_check(
     梯度有错而 ``⟨错误, v⟩ = 0`` 的概率为零，所以一个方向就能发现错误；代价与输入的大小无关。
     返回最大相对误差；不符时抛出 ``GradientError``。
     """
-    leaves, weight = _prepare(function, inputs, seed)
-    gradients = grad(function(*leaves), leaves, weight, allow_unused=True)
-    generator, worst = make_generator(seed + 1), 0.0
+    leaves, y, weight = _prepare(function, inputs, seed)
+    gradients = grad(y, leaves, weight, allow_unused=True)
+    h = best_step(np.float64, 2)  # v 的每个分量约为 1，所以每个元素都走约一个最佳步长
+    floor, worst = _noise(y.numpy() * weight, h) / tolerance, 0.0
+    generator = make_generator(seed + 1)
     for _ in range(directions):
         vs = [_normal(x.shape, generator) for x in inputs]
-        norm = math.sqrt(sum(float((v * v).sum()) for v in vs))
-        # 单位方向上的步长按 √元素数 放大，平均到每个元素仍是最佳步长
-        h = best_step(np.float64, 2) * math.sqrt(sum(x.size for x in inputs))
+        pairs = list(zip(inputs, vs, strict=True))
         up, down = (
-            _weighted(
-                function,
-                inputs,
-                {
-                    i: x + sign * h / norm * v
-                    for i, (x, v) in enumerate(zip(inputs, vs, strict=True))
-                },
-                weight,
-            )
-            for sign in (1, -1)
+            _weighted(function, inputs, {i: x + s * v for i, (x, v) in enumerate(pairs)}, weight)
+            for s in (h, -h)
         )
-        expected = (up - down) / (2 * h)
-        parts = (0.0 if g is None else float((g.numpy() * v).sum()) for g, v in
-                 zip(gradients, vs, strict=True))  # fmt: skip
-        actual = sum(parts) / norm
-        error = _relative(np.array(actual), np.array(expected))
+        expected = np.array((up - down) / (2 * h))
+        slopes = zip(gradients, vs, strict=True)
+        actual = np.array(sum((g.numpy() * v).sum() for g, v in slopes if g is not None))
+        error = _relative(actual, expected, floor)
         worst = max(worst, error)
         if not error <= tolerance:
             raise GradientError(
@@ -156,14 +146,15 @@ def _normal(shape: tuple[int, ...], generator: torch.Generator) -> np.ndarray:
 
 def _prepare(
     function: Function, inputs: Sequence[np.ndarray], seed: int
-) -> tuple[list[Tensor], np.ndarray]:
-    """叶子，以及与输出同形的随机权重。"""
+) -> tuple[list[Tensor], Tensor, np.ndarray]:
+    """叶子、输出，以及与输出同形的随机权重。"""
     for index, x in enumerate(inputs):
         if not isinstance(x, np.ndarray) or x.dtype != np.float64:
             kind = getattr(x, "dtype", type(x).__name__)
             raise TypeError(f"第 {index} 个输入应为 float64 数组，实为 {kind}")
     leaves = [Tensor(x, requires_grad=True) for x in inputs]
-    return leaves, _normal(function(*leaves).shape, make_generator(seed))
+    y = function(*leaves)
+    return leaves, y, _normal(y.shape, make_generator(seed))
 
 
 def _weighted(
@@ -177,6 +168,12 @@ def _weighted(
     return float((function(*values).numpy() * weight).sum())
 
 
-def _relative(actual: np.ndarray, expected: np.ndarray) -> float:
-    scale = max(float(np.abs(expected).max(initial=0)), float(np.abs(actual).max(initial=0)), 1e-8)
-    return float(np.abs(actual - expected).max(initial=0)) / scale
+def _noise(terms: np.ndarray, h: float) -> float:
+    """差分的舍入误差：``f`` 是 ``terms`` 之和，每项有相对误差 ε，除以步长 ``h``；留一个数量级。"""
+    return 10 * float(np.finfo(np.float64).eps * np.abs(terms).sum()) / h
+
+
+def _relative(actual: np.ndarray, expected: np.ndarray, floor: float) -> float:
+    """最大的误差除以最大的数；分母至少为 ``floor``，因为梯度为零时差分也只是舍入误差。"""
+    scale = max(float(np.abs(x).max(initial=0)) for x in (actual, expected))
+    return float(np.abs(actual - expected).max(initial=0)) / max(scale, floor, 1e-300)

@@ -40,7 +40,7 @@ def trace(output: Any, names: Mapping[str, Any] | None = None) -> Graph:
     """由一个结果倒着找出它的计算图。
 
     参数:
-        output: 本章的 ``Tensor`` 或 ``torch.Tensor``；要在 ``backward`` 释放图之前。
+        output: 本章的 ``Tensor`` 或 ``torch.Tensor``；反向之后也可以，图的骨架还在。
         names: 叶子的名字 -> 张量，用作标签。
 
     异常:
@@ -216,7 +216,8 @@ def mermaid(graph: Graph) -> str:
     lines = ["flowchart LR"]
     for index, (label, leaf) in enumerate(zip(graph.labels, graph.is_leaf, strict=True)):
         shape = '(["{}"])' if leaf else '["{}"]'
-        lines.append(f"    n{index}{shape.format(label)}")
+        quoted = label.replace('"', "'")  # 双引号会使 mermaid 的文字提前结束
+        lines.append(f"    n{index}{shape.format(quoted)}")
     for source, target, shape in graph.edges:
         arrow = f'-- "{shape}" -->' if shape else "-->"
         lines.append(f"    n{source} {arrow} n{target}")

@@ -5,7 +5,8 @@
 反向两遍）就是海森矩阵乘向量，代价与一次梯度同阶，用不着造出矩阵。
 对应 README 的「两种模式」与「高阶导数」两节。
 
-函数 ``f`` 一律写成 ``Tensor`` 的方法与运算符，于是 ``Tensor`` 与 ``Dual`` 都能送进去。
+函数 ``f`` 写成 ``Tensor`` 的方法与运算符（只用 ``Dual`` 也有的；常张量写在右边，如 ``x @ w``），
+于是 ``Tensor`` 与 ``Dual`` 都能送进去。
 
 维度约定：输入 ``(n,)``，输出 ``(m,)``，雅可比矩阵 ``(m, n)``。
 """
@@ -78,8 +79,12 @@ class Dual:
         tangent = self.tangent @ other.value + self.value @ other.tangent
         return Dual(self.value @ other.value, tangent)
 
+    def __rmatmul__(self, other: Any) -> Dual:
+        return self._lift(other) @ self
+
     def __pow__(self, power: float) -> Dual:
-        return self._unary(self.value**power, self.value ** (power - 1) * power)
+        slope = self.value ** (power - 1) * power if power else 0.0  # x⁰ 的导数处处为 0
+        return self._unary(self.value**power, slope)
 
     def __neg__(self) -> Dual:
         return Dual(-self.value, -self.tangent)
@@ -125,6 +130,20 @@ class Dual:
         mask = self.value.numpy() > 0
         return Dual(self.value.relu(), self.tangent.where(mask, 0.0))
 
+    def sqrt(self) -> Dual:
+        """``√a``。"""
+        y = self.value.sqrt()
+        return Dual(y, self.tangent / (y * 2.0))
+
+    def sigmoid(self) -> Dual:
+        """``1/(1 + e⁻ᵃ)``。"""
+        y = self.value.sigmoid()
+        return self._unary(y, y * (1.0 - y))
+
+    def mean(self, dim: Any = None, keepdim: bool = False) -> Dual:
+        """平均是线性的。"""
+        return self._linear("mean", dim, keepdim)
+
     def sum(self, dim: Any = None, keepdim: bool = False) -> Dual:
         """求和是线性的。"""
         return self._linear("sum", dim, keepdim)
@@ -141,6 +160,8 @@ def jvp(f: Function, x: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarr
     """前向模式一趟：``(f(x), J v)``。代价约为求值的 2 至 3 倍，不存中间结果。"""
     with no_grad():
         y = f(Dual(Tensor(x), Tensor(v)))
+    if not isinstance(y, Dual):  # 与输入无关的常数
+        return y.numpy(), np.zeros_like(y.numpy())
     return y.value.numpy(), y.tangent.numpy()
 
 
@@ -148,8 +169,15 @@ def vjp(f: Function, x: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarr
     """反向模式一趟：``(f(x), uᵀ J)``。代价约为求值的 2 至 4 倍，要存下全部中间结果。"""
     leaf = Tensor(x, requires_grad=True)
     y = f(leaf)
-    (g,) = grad(y, leaf, u)
-    return y.numpy(), g.numpy()
+    return y.numpy(), _pull_back(y, leaf, u)
+
+
+def _pull_back(y: Tensor, leaf: Tensor, u: Any = None) -> np.ndarray:
+    """``uᵀ ∂y/∂leaf``，保留计算图；``y`` 与 ``leaf`` 无关时为零。"""
+    if not y.requires_grad:
+        return np.zeros_like(leaf.numpy())
+    (g,) = grad(y, leaf, u, retain_graph=True, allow_unused=True)
+    return np.zeros_like(leaf.numpy()) if g is None else g.numpy()
 
 
 # ---------------------------------------------------------------- 雅可比矩阵
@@ -159,8 +187,7 @@ def jacobian_by_rows(f: Function, x: np.ndarray) -> np.ndarray:
     """反向模式逐行：一次前向，m 次反向，每次给出 ``J`` 的一行。"""
     leaf = Tensor(x, requires_grad=True)
     y = f(leaf)
-    rows = [grad(y, leaf, u, retain_graph=True)[0].numpy() for u in np.eye(y.shape[0])]
-    return np.stack(rows)
+    return np.stack([_pull_back(y, leaf, u) for u in np.eye(y.shape[0])])
 
 
 def jacobian_by_columns(f: Function, x: np.ndarray) -> np.ndarray:
@@ -175,22 +202,20 @@ def hvp(f: Function, x: np.ndarray, v: np.ndarray) -> np.ndarray:
     """海森向量积 ``H v``，反向套反向：``∇(∇f · v) = H v``；``f`` 输出标量。"""
     leaf = Tensor(x, requires_grad=True)
     (g,) = grad(f(leaf), leaf, create_graph=True)
-    return grad((g * Tensor(v)).sum(), leaf)[0].numpy()
+    return _pull_back((g * Tensor(v)).sum(), leaf)
 
 
 def hvp_reverse_over_forward(f: Function, x: np.ndarray, v: np.ndarray) -> np.ndarray:
     """海森向量积，反向套前向：先用对偶数得到方向导数 ``∇f · v``，再对它反向一次。"""
     leaf = Tensor(x, requires_grad=True)
-    slope = f(Dual(leaf, Tensor(v))).tangent
-    return grad(slope, leaf)[0].numpy()
+    return _pull_back(f(Dual(leaf, Tensor(v))).tangent, leaf)
 
 
 def hessian(f: Function, x: np.ndarray) -> np.ndarray:
     """完整的海森矩阵 ``(n, n)``：梯度建一次图，再逐行反向。"""
     leaf = Tensor(x, requires_grad=True)
     (g,) = grad(f(leaf), leaf, create_graph=True)
-    rows = [grad(g, leaf, e, retain_graph=True)[0].numpy() for e in np.eye(x.shape[0])]
-    return np.stack(rows)
+    return np.stack([_pull_back(g, leaf, e) for e in np.eye(x.shape[0])])
 
 
 # ---------------------------------------------------------------- 牛顿法

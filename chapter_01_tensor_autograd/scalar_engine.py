@@ -95,7 +95,7 @@ class Value:
         return f"Value(data={self.data:.6g}, grad={self.grad:.6g})"
 
     def backward(self) -> None:
-        """把 ``∂自己/∂x`` 累加到图中每个 ``x.grad``；不用递归，图多深都行。"""
+        """求 ``∂自己/∂x``：叶子的 ``grad`` 累加，中间结点的只是这一次的；不用递归，图多深都行。"""
         waiting: dict[Value, int] = {}  # 结点 -> 还有几条边的梯度没有到
         stack = [self]
         while stack:
@@ -105,8 +105,10 @@ class Value:
                     if parent not in waiting:
                         waiting[parent] = 0
                         stack.append(parent)
+                        if parent.left is not None:
+                            parent.grad = 0.0  # 上一次反向留下的，不能再传一遍
                     waiting[parent] += 1
-        self.grad += 1.0
+        self.grad = 1.0 if self.left is not None else self.grad + 1.0
         ready = [self]
         while ready:  # 下游都到齐的结点才轮到它：这就是拓扑序
             node = ready.pop()

@@ -36,6 +36,9 @@ class ScalarMLP:
 
     def __call__(self, x: Sequence[Value | Number]) -> list[Value]:
         """一个样本的前向：``(I,) -> (O,)``。"""
+        width = len(self.layers[0][0][0])
+        if len(x) != width:
+            raise ValueError(f"ScalarMLP：输入有 {len(x)} 个数，应为 {width} 个")
         for depth, layer in enumerate(self.layers, start=1):
             x = [sum(map(mul, weights, x), bias) for weights, bias in layer]
             if depth < len(self.layers):

@@ -120,9 +120,7 @@ def gather_by_hand(x: Tensor, dim: int, index: Tensor) -> Tensor:
     """``y[…, i, …] = x[…, index[…, i, …], …]``：除 ``dim`` 之外各维取自己的坐标。"""
     y = x.new_empty(index.shape)
     for place in _indices(index.shape):
-        source = list(place)
-        source[dim] = int(index[place])
-        y[place] = x[tuple(source)]
+        y[place] = x[_moved(place, dim, int(index[place]), x.shape)]
     return y
 
 
@@ -130,10 +128,17 @@ def scatter_add_by_hand(x: Tensor, dim: int, index: Tensor, source: Tensor) -> T
     """``gather`` 的转置：把 ``source`` 的每个元素加到 ``index`` 指的地方；重复的地方相加。"""
     y = x.clone()
     for place in _indices(index.shape):
-        target = list(place)
-        target[dim] = int(index[place])
-        y[tuple(target)] += source[place]
+        y[_moved(place, dim, int(index[place]), x.shape)] += source[place]
     return y
+
+
+def _moved(place: tuple[int, ...], dim: int, to: int, shape: Shape) -> tuple[int, ...]:
+    """把坐标 ``place`` 的第 ``dim`` 维换成 ``to``。"""
+    if not 0 <= to < shape[dim]:
+        raise IndexError(f"下标 {to} 超出第 {dim} 维的范围 0 到 {shape[dim] - 1}")
+    moved = list(place)
+    moved[dim] = to
+    return tuple(moved)
 
 
 def _indices(shape: Shape) -> Iterator[tuple[int, ...]]:
@@ -152,9 +157,10 @@ def parse_einsum(equation: str) -> tuple[str, str, str]:
     text = equation.replace(" ", "")
     left, arrow, output = text.partition("->")
     operands = left.split(",")
-    if not arrow or len(operands) != 2 or not (left + output).replace(",", "").isalpha():
+    letters = "".join(operands)
+    if not arrow or len(operands) != 2 or not f"{letters}{output}".isalpha():
         raise ValueError(f"einsum 的式子 {equation!r} 应形如 'bi,oi->bo'：两个操作数，只用字母")
-    if len(set(output)) != len(output) or not set(output) <= set(left):
+    if len(set(output)) != len(output) or not set(output) <= set(letters):
         raise ValueError(f"einsum 的输出 {output!r} 里的字母不能重复，且都要在输入里出现")
     return operands[0], operands[1], output
 
