@@ -369,7 +369,8 @@ class Tensor(Variable):
     def astype(self, dtype: Any) -> Tensor:
         """换一种 dtype；梯度换回来。"""
         old = self.dtype
-        return record("astype", self.data.astype(dtype), (self, lambda g: g.astype(old)))
+        y = self.data.astype(dtype)
+        return record("astype", y, (self, lambda g: g.astype(old)), dtype=y.dtype)
 
 
 def _is_same_memory(x: Tensor, part: np.ndarray) -> bool:

@@ -127,7 +127,13 @@ class Node:
 Vertex = Node | Variable
 
 
-def record(name: str, data: Any, *edges: tuple[Variable, Vjp], save_output: bool = False) -> Any:
+def record(
+    name: str,
+    data: Any,
+    *edges: tuple[Variable, Vjp],
+    save_output: bool = False,
+    dtype: Any = None,
+) -> Any:
     """算子的出口：把结果 ``data`` 包成张量，需要梯度时记下账目。
 
     参数:
@@ -135,8 +141,12 @@ def record(name: str, data: Any, *edges: tuple[Variable, Vjp], save_output: bool
         data: 已经算好的结果。
         edges: 每个输入一对 ``(输入, VJP)``。前向若把输入广播过，VJP 不必管，求和由引擎来做。
         save_output: 导数用输出来表示更省事的算子（exp、tanh……）：VJP 改为接受 (梯度, 输出)。
+        dtype: 结果的 dtype，缺省与第一个输入相同（浮点的话）。
     """
-    out = edges[0][0].wrap(data)
+    first = edges[0][0]
+    if dtype is None and first.data.dtype.kind == "f":
+        dtype = first.data.dtype  # NumPy 1 会把 0 维的 float32 与 Python 数的结果升成 float64
+    out = first.wrap(data if dtype is None else np.asarray(data, dtype))
     if _mode.recording:
         tracked = [edge for edge in edges if edge[0].requires_grad]
         if tracked:

@@ -99,6 +99,12 @@ def test_arrays_and_numbers_on_either_side() -> None:
     single = Tensor([1.0, 2.0], dtype=np.float32)
     for result in (single * 2, 1 - single, single / np.float64(3.0), single**0.5, single + True):
         assert result.dtype == np.float32  # 数随张量，不会悄悄升到 float64
+    scalar = Tensor(0.7, dtype=np.float32, requires_grad=True)  # NumPy 1 最爱把 0 维的升级
+    y = (scalar.sigmoid() + scalar**0.5 + scalar.relu() + F.gelu(scalar)).clip(0.0, 9.0)
+    (y / 2.0).backward()
+    assert y.dtype == scalar.grad.dtype == np.float32
+    wide = (single * 1.0).astype(np.float64)
+    assert wide.dtype == np.float64 and Tensor([1, 2]).mean().item() == 1.5
     assert (2.0**x).numpy().tolist() == [2.0, 4.0]
     assert (np.ones((3, 2)) @ x).numpy().tolist() == [3.0] * 3
     assert (x > 1.5).tolist() == [False, True] and bool((x <= 2.0).all())
