@@ -97,6 +97,8 @@ class BucketedReducer:
         self.flying: list[tuple[Tensor, Any]] = []  # 已出发的桶：(拼成一条的梯度, 归约的句柄)
 
     def _arrive(self, index: int, parameter: nn.Parameter) -> None:
+        if self.missing[index] == 0:
+            raise RuntimeError("BucketedReducer：每次反向之后都要 finish()，才能再反向")
         self.missing[index] -= 1
         while len(self.flying) < len(self.buckets) and self.missing[len(self.flying)] == 0:
             bucket = self.buckets[len(self.flying)]
@@ -104,21 +106,23 @@ class BucketedReducer:
             self.flying.append((flat, dist.all_reduce(flat, async_op=True)))
 
     def finish(self) -> None:
-        """等全部归约完成，把和写回各参数的 ``grad``。
+        """等全部归约完成，各参数的 ``grad`` 换成各进程之和。
 
         异常:
             RuntimeError: 有的参数没有参与这次反向，它所在的桶永远装不满。
         """
-        if len(self.flying) < len(self.buckets):
-            raise RuntimeError(
-                f"BucketedReducer：{sum(self.missing)} 个参数没有得到梯度：每个参数都应参与损失"
-            )
-        for (flat, work), bucket in zip(self.flying, self.buckets, strict=True):
+        for _, work in self.flying:
             work.wait()
+        flying, missing = self.flying, sum(self.missing)
+        self._reset()
+        if missing:
+            raise RuntimeError(
+                f"BucketedReducer：{missing} 个参数没有得到梯度：每个参数都应参与损失"
+            )
+        for (flat, _), bucket in zip(flying, self.buckets, strict=True):
             parts = flat.split([p.numel() for p in bucket])
             for p, part in zip(bucket, parts, strict=True):
-                p.grad.copy_(part.view_as(p.grad))
-        self._reset()
+                p.grad = part.view_as(p)  # 就用桶里的那一段，不再复制
 
     def detach(self) -> None:
         """摘掉全部钩子。"""

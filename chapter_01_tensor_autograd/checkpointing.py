@@ -73,9 +73,11 @@ def checkpoint(segment: Segment, *inputs: Any) -> Tensor:
     异常:
         ValueError: 没有要求梯度的输入。
 
-    局限: 梯度经 ``.backward()`` 累加，不支持 ``torch.autograd.grad`` 与二阶导数；
-    没有这个局限的写法见 ``checkpoint_by_hooks``。
+    局限: 梯度经 ``.backward()`` 累加，不支持 ``torch.autograd.grad``（``checkpoint_by_hooks``
+    可以）与二阶导数；不保存 autocast 的状态，反向也须放在同样的 autocast 里。
     """
+    if not torch.is_grad_enabled():  # 评估，或者外层的检查点正在前向：没有反向，无须检查点
+        return segment(*inputs)
     if not any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
         raise ValueError(
             "checkpoint：至少要有一个 requires_grad=True 的输入，否则段内的参数得不到梯度；"
@@ -89,8 +91,14 @@ def checkpoint_by_hooks(segment: Segment, *inputs: Any) -> Tensor:
 
     ``saved_tensors_hooks`` 的 ``pack`` 在前向保存张量时被调用，``unpack`` 在反向取用时被调用。
     图由 PyTorch 自己建，所以 ``autograd.grad``、没有要求梯度的输入都不成问题。
+
+    异常:
+        RuntimeError: 反向之前输入被原地修改过，重算不出同样的结果。
+
+    局限: 不支持二阶导数，不保存 autocast 的状态；只反向一部分时，没取走的要等到下一次。
     """
-    rng, count, recomputed = capture_rng(), 0, []
+    rng, count, shelf = capture_rng(), 0, []  # shelf：重算出来、还没有取走的
+    versions = _versions(inputs)
 
     def pack(_: Tensor) -> int:
         nonlocal count
@@ -98,23 +106,36 @@ def checkpoint_by_hooks(segment: Segment, *inputs: Any) -> Tensor:
         return count - 1  # 取货单：这是段内第几个保存的张量
 
     def unpack(number: int) -> Tensor:
-        if not recomputed:
-            now = capture_rng()
-            restore_rng(rng)
-            try:
-                # 重算时保存的张量，次序与第一次相同
-                keep = saved_tensors_hooks(lambda x: recomputed.append(x.detach()), lambda _: None)
-                with torch.enable_grad(), keep:
-                    segment(*inputs)
-            finally:
-                restore_rng(now)
-        x, recomputed[number] = recomputed[number], None  # 交出去就不再留着
-        if all(item is None for item in recomputed):
-            recomputed.clear()
+        if not shelf or shelf[number] is None:
+            if _versions(inputs) != versions:
+                raise RuntimeError("checkpoint_by_hooks：输入在前向之后被原地修改，无法重算")
+            shelf[:] = _saved_tensors(segment, inputs, rng)
+        x, shelf[number] = shelf[number], None  # 交出去就不再留着
+        if all(item is None for item in shelf):
+            shelf.clear()
         return x
 
     with saved_tensors_hooks(pack, unpack):
         return segment(*inputs)
+
+
+def _versions(inputs: Sequence[Any]) -> list[int]:
+    """各个输入张量此刻的版本号，PyTorch 用它发现原地修改。"""
+    return [x._version for x in inputs if isinstance(x, Tensor)]
+
+
+def _saved_tensors(segment: Segment, inputs: Sequence[Any], rng: dict[str, Any]) -> list[Tensor]:
+    """以同样的随机状态再前向一遍，收集保存的张量；次序与第一次相同。"""
+    saved: list[Tensor] = []
+    now = capture_rng()
+    restore_rng(rng)
+    try:
+        keep = saved_tensors_hooks(lambda x: saved.append(x.detach()), lambda _: None)
+        with torch.enable_grad(), keep:
+            segment(*inputs)
+    finally:
+        restore_rng(now)
+    return saved
 
 
 def checkpoint_sequential(

@@ -139,13 +139,12 @@ def silu(x: Tensor) -> Tensor:
 
 def saved_bytes(function: Callable[..., Tensor], *inputs: Tensor) -> int:
     """``function(*inputs)`` 为反向保存了多少字节；同一块内存只数一次，输入本身也算。"""
-    storages: dict[int, int] = {}
+    storages: dict[int, torch.UntypedStorage] = {}  # 留住它们，地址才不会被别的张量重用
 
     def pack(x: Tensor) -> Tensor:
-        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x.detach()  # 交回 x 自己的话，保存输出的算子就成了环，再也释放不掉
 
     with saved_tensors_hooks(pack, lambda x: x):
-        output = function(*inputs)  # 留住结果，保存的内存才不会被别的张量重用
-    del output
-    return sum(storages.values())
+        function(*inputs)
+    return sum(storage.nbytes() for storage in storages.values())

@@ -196,10 +196,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=positive_int, default=25, metavar="N", help="每种设置测几次")
     add("--bucket-mib", type=positive_float, default=1.0, metavar="X", help="每桶的大小，MiB")
     args = parser.parse_args(argv)
-    if args.batch_size < args.processes:
-        parser.error(f"--batch-size {args.batch_size} 应不小于进程数 {args.processes}")
     if args.smoke:
         args.width, args.steps, args.repeats, args.batch_size = 16, 2, 2, 63
+    if args.batch_size < args.processes:
+        parser.error(f"--batch-size {args.batch_size} 应不小于进程数 {args.processes}")
     return args
 
 

@@ -1,10 +1,12 @@
-"""设备、随机种子与计时器。"""
+"""设备、随机种子、计时器与隔离运行。"""
 
 from __future__ import annotations
 
 import os
 import random
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from utils.cli import UserError
 from utils.device import TorchDevice, available_devices, get_device, peak_rss_mib
 from utils.file_io_util import load_checkpoint, save_checkpoint
 from utils.seed import capture_rng, make_generator, restore_rng, set_seed
-from utils.timer import Timer
+from utils.timer import Timer, alternate, run_isolated, seconds_of
 
 # ---------------------------------------------------------------- 设备
 
@@ -238,3 +240,85 @@ def test_timer_reports_process_peak_memory() -> None:
     with Timer() as timer:
         pass
     assert timer.peak_rss_mib == pytest.approx(peak_rss_mib(), rel=0.05)
+
+
+# ---------------------------------------------------------------- 测量
+
+
+def test_seconds_of_runs_once(clock: Clock) -> None:
+    calls = []
+
+    def work() -> str:
+        clock.now += 5
+        calls.append(1)
+        return "不要的返回值"
+
+    assert seconds_of(work) == 5
+    assert seconds_of(work, clock) == 5 + 1  # 终点之前与设备同步
+    assert len(calls) == 2
+
+
+def test_alternate_takes_turns_and_drops_the_first_round(capsys) -> None:
+    calls: list[str] = []
+
+    def contender(name: str) -> Callable[[], float]:
+        def measure() -> float:
+            calls.append(name)
+            return float(len(calls))
+
+        return measure
+
+    names = ["b", "a", "c"]
+    found = alternate({name: contender(name) for name in names}, repeats=3)
+    assert calls == names * 4  # 一轮预热，三轮计数
+    assert found == {"b": [4.0, 7.0, 10.0], "a": [5.0, 8.0, 11.0], "c": [6.0, 9.0, 12.0]}
+    assert list(found) == names
+    assert capsys.readouterr().out == ""  # 进度条在标准错误上
+    calls.clear()
+    assert alternate({"a": contender("a")}, repeats=0) == {"a": []} and calls == ["a"]
+
+
+# ---------------------------------------------------------------- 隔离运行
+
+THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+)
+
+
+def describe_process(values: list[int]) -> dict[str, Any]:
+    """在子进程里看到的一切。"""
+    return {
+        "sum": sum(values),
+        "pid": os.getpid(),
+        "threads": torch.get_num_threads(),
+        "variables": [os.environ.get(name) for name in THREAD_VARIABLES],
+    }
+
+
+def fail_in_process(value: int) -> None:
+    raise KeyError(f"值 {value}，{torch.get_num_threads()} 个线程")
+
+
+@pytest.fixture
+def variables(monkeypatch) -> dict[str, str | None]:
+    """父进程的环境：一个已设，一个没有设。"""
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    return {name: os.environ.get(name) for name in THREAD_VARIABLES}
+
+
+def test_run_isolated_uses_another_process_and_its_own_threads(variables) -> None:
+    found = run_isolated(describe_process, [1, 2, 4], threads=2)
+    assert found["sum"] == 7 and found["pid"] != os.getpid()
+    assert found["threads"] == 2 and found["variables"] == ["2"] * 4
+    assert torch.get_num_threads() == 1  # 父进程不变
+    assert {name: os.environ.get(name) for name in THREAD_VARIABLES} == variables
+
+
+def test_run_isolated_restores_the_environment_when_the_function_raises(variables) -> None:
+    with pytest.raises(KeyError, match="值 3，1 个线程"):
+        run_isolated(fail_in_process, 3)
+    assert {name: os.environ.get(name) for name in THREAD_VARIABLES} == variables

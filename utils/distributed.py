@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing import ProcessExitedException
 
-from utils.cli import UserError
+from utils.cli import EXIT_INTERRUPTED, UserError
 
 
 def launched_by_torchrun() -> bool:
@@ -47,7 +48,10 @@ def launch(
     if not dist.is_available():
         raise UserError("这个 PyTorch 没有编入 torch.distributed，无法多进程运行")
     if launched_by_torchrun():
-        return _join(worker, args, backend)
+        try:
+            return _join(worker, args, backend)
+        finally:
+            dist.destroy_process_group()
     with tempfile.TemporaryDirectory() as folder:
         arguments = (Path(folder), processes, worker, args, backend)
         context = torch.multiprocessing.start_processes(
@@ -56,27 +60,34 @@ def launch(
         try:
             while not context.join():
                 pass
-        except BaseException:  # 包括 Ctrl-C：不留下无主的进程
+        except ProcessExitedException as error:
+            if error.exit_code == EXIT_INTERRUPTED:  # 子进程先收到了 Ctrl-C
+                raise KeyboardInterrupt from None
+            raise
+        finally:  # 无论怎样结束，都不留下无主的进程
             for process in context.processes:
                 process.terminate()
-            raise
+                process.join()
         return pickle.loads((Path(folder) / "result").read_bytes())
 
 
 def _child(
     rank: int, folder: Path, processes: int, worker: Callable, args: tuple, backend: str
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C 由父进程处理
+    # Ctrl-C 或父进程消失时（PyTorch 会送来同样的信号）悄悄退出，由父进程报告
+    signal.signal(signal.SIGINT, lambda *_: os._exit(EXIT_INTERRUPTED))
     store = dist.FileStore(str(folder / "store"), processes)
     result = _join(worker, args, backend, store=store, rank=rank, world_size=processes)
+    # 出错时不拆组：否则别的进程会抢先报告“连接断开”，真正的原因反而看不到
+    dist.destroy_process_group()
     if rank == 0:
         (folder / "result").write_bytes(pickle.dumps(result))
 
 
 def _join(worker: Callable, args: tuple, backend: str, **where: Any) -> Any:
+    # 它的缺省参数会捉住当时的进程组；若在建组之后才（被优化器、DDP 间接地）导入，退出时组就放不掉
+    import torch.distributed.nn
+
     torch.set_num_threads(1)
     dist.init_process_group(backend, **where)
-    try:
-        return worker(*args)
-    finally:
-        dist.destroy_process_group()
+    return worker(*args)

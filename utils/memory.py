@@ -1,7 +1,8 @@
 """张量内存的实测：一段代码之内，PyTorch 张量占用的字节数与峰值。
 
-数的是张量的存储（storage）本身，CPU 与 GPU 一样数；视图与原张量共用存储，只数一次。进程的 RSS
-把解释器、库与分配器留着没还的内存都算进去，量不出几 MiB 的差别，所以比较算法的内存要用这里的数。
+数的是算子产生的存储（storage），CPU 与 GPU 一样数；视图与原张量共用存储，只数一次。由 Python 数据
+直接造的（``torch.tensor``、``from_numpy``）与稀疏张量不计。进程的 RSS 把解释器、库与分配器留着的
+内存都算进去，量不出几 MiB 的差别，所以比较算法的内存要用这里的数。
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class TensorMemory(TorchDispatchMode):
         return output
 
     def _note(self, value: Any, size: int | None = None) -> None:
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
             return
         storage = value.untyped_storage()
         key = storage._cdata
