@@ -150,7 +150,8 @@ def speed_figure(
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
     axes = grid[0, 2]
-    lengths = [0, *(chain["length"] for chain in chains)]
-    axes.plot(lengths, [0, *(chain["mib"] for chain in chains)], "o-", color=PALETTE[2])
-    axes.set(xlabel="nodes in the chain", ylabel="memory (MiB)", title="a long chain, engine")
+    lengths = [chain["length"] / 1e6 for chain in chains]
+    axes.plot(lengths, [chain["mib"] for chain in chains], "o-", color=PALETTE[2])
+    axes.set(xlabel="million nodes in the chain", ylabel="peak RSS of the process (MiB)",
+             title="a long chain, engine", xlim=(0, None), ylim=(0, None))  # fmt: skip
     return figure
