@@ -134,9 +134,9 @@ def speed_figure(
     """三格：MLP 一轮的秒数；标量引擎一步的毫秒数；链的时间与内存。"""
     figure, grid = new_figure(1, 3, size=(13.0, 3.0), width_ratios=(1, 1.25, 1))
     panels = (
-        (grid[0, 0], epoch, 1.0, "s", ".3f", "MLP 784-256-10, one epoch", (PALETTE[0], MUTED)),
+        (grid[0, 0], epoch, 1.0, "s", ".3f", "MLP 784-256-10, one epoch", [PALETTE[0], MUTED]),
         (grid[0, 1], scalar, 1e3, "ms", ".0f", "scalar engine, one step",
-         (PALETTE[0], PALETTE[5], PALETTE[1], PALETTE[4])),
+         [PALETTE[0], PALETTE[5], PALETTE[1], PALETTE[4]]),
     )  # fmt: skip
     for axes, series, scale, unit, precision, title, colors in panels:
         medians = [scale * float(np.median(values)) for values in series.values()]

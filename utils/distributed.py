@@ -12,6 +12,7 @@ import os
 import pickle
 import signal
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,4 +91,8 @@ def _join(worker: Callable, args: tuple, backend: str, **where: Any) -> Any:
 
     torch.set_num_threads(1)
     dist.init_process_group(backend, **where)
-    return worker(*args)
+    result = worker(*args)
+    # PyTorch 2.4 拆组时握着 GIL 等通信线程结束，而通信线程放掉 Python 的张量又要 GIL；紧接在通信
+    # 之后拆组，两边会互相等死。让出 GIL 片刻，通信线程就放完了
+    time.sleep(0.1)
+    return result
