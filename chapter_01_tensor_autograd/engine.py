@@ -273,20 +273,13 @@ class Tensor(Variable):
 
     # ------------------------------------------------------------ 方法（公式见 ops_*.py）
 
-    exp, log, sqrt, sin, cos = (
-        elementwise.exp, elementwise.log, elementwise.sqrt, elementwise.sin, elementwise.cos,
-    )  # fmt: skip
-    tanh, sigmoid, relu, erf = (
-        elementwise.tanh, elementwise.sigmoid, elementwise.relu, elementwise.erf,
-    )  # fmt: skip
-    abs, clip, maximum, minimum = (
-        elementwise.absolute, elementwise.clip, elementwise.maximum, elementwise.minimum,
-    )  # fmt: skip
-    pow = elementwise.power
-    sum, softmax, logsumexp, cumsum = (
-        structure.summation, structure.softmax, structure.logsumexp, structure.cumsum,
-    )  # fmt: skip
-    sum_to = structure.sum_to
+    exp, log, sqrt = elementwise.exp, elementwise.log, elementwise.sqrt
+    sin, cos, erf = elementwise.sin, elementwise.cos, elementwise.erf
+    tanh, sigmoid, relu = elementwise.tanh, elementwise.sigmoid, elementwise.relu
+    abs, pow, clip = elementwise.absolute, elementwise.power, elementwise.clip
+    maximum, minimum = elementwise.maximum, elementwise.minimum
+    sum, cumsum, sum_to = structure.summation, structure.cumsum, structure.sum_to
+    softmax, logsumexp = structure.softmax, structure.logsumexp
 
     def where(self, condition: Any, other: Operand) -> Tensor:
         """条件为真处取自己，否则取 ``other``。"""
@@ -349,6 +342,8 @@ class Tensor(Variable):
 
     def unsqueeze(self, dim: int) -> Tensor:
         """在第 ``dim`` 维处插入长为 1 的一维。"""
+        if not -self.ndim - 1 <= dim <= self.ndim:
+            raise ValueError(f"unsqueeze：dim={dim} 超出范围：形状 {self.shape}")
         dim = dim % (self.ndim + 1)
         return self.reshape(*self.shape[:dim], 1, *self.shape[dim:])
 

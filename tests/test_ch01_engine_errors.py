@@ -32,6 +32,7 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: A.permute(0), ValueError, r"permute：\(0,\) 应是 0 到 1 的一个排列：形状 \(2, 3\)"),
     (lambda: A.expand(4, 3), ValueError, r"expand：形状 \(2, 3\) 不能广播成 \(4, 3\)"),
     (lambda: A.squeeze(0), ValueError, r"squeeze：形状 \(2, 3\) 的第 0 维不是 1"),
+    (lambda: A.unsqueeze(3), ValueError, r"unsqueeze：dim=3 超出范围：形状 \(2, 3\)"),
     (lambda: A.sum(2), ValueError, r"sum：dim=2 超出范围：形状 \(2, 3\) 只有 2 维"),
     (lambda: A.mean((0, 0)), ValueError, r"mean：dim=\(0, 0\) 有重复的维"),
     (lambda: A.softmax(5), ValueError, "softmax：dim=5 超出范围"),
