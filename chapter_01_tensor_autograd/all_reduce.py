@@ -72,10 +72,16 @@ class BucketedReducer:
         parameters: 模型的参数，按前向的次序；反向到达的次序大致与之相反。
         bucket_bytes: 每桶至多多少字节（单个参数更大时自成一桶）。
 
+    异常:
+        ValueError: 参数的 dtype 不全相同。
+
     用法：``loss.backward()`` 之后调用 ``finish()``，各参数的 ``grad`` 就是各进程之和。
+    下一次反向之前要清零：留着的旧梯度已经是各进程之和，会再被加一遍。
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], bucket_bytes: int) -> None:
+        if len({p.dtype for p in parameters}) > 1:
+            raise ValueError("BucketedReducer：参数的 dtype 应全部相同，才能拼成一条")
         self.buckets: list[list[nn.Parameter]] = []
         filled = bucket_bytes
         for p in reversed(parameters):

@@ -39,6 +39,8 @@ class _Checkpoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # 只在 create_graph=True 时
+            raise RuntimeError("checkpoint：不支持二阶导数，请用 checkpoint_by_hooks")
         inputs = list(ctx.others)
         for i, x in zip(ctx.places, ctx.saved_tensors, strict=True):
             inputs[i] = x.detach().requires_grad_(x.requires_grad)
@@ -72,9 +74,10 @@ def checkpoint(segment: Segment, *inputs: Any) -> Tensor:
 
     异常:
         ValueError: 没有要求梯度的输入。
+        RuntimeError: 反向时 ``create_graph=True``：重算的那一段不在图里，二阶导数会少一份。
 
     局限: 梯度经 ``.backward()`` 累加，不支持 ``torch.autograd.grad``（``checkpoint_by_hooks``
-    可以）与二阶导数；不保存 autocast 的状态，反向也须放在同样的 autocast 里。
+    可以）；不保存 autocast 的状态，反向也须放在同样的 autocast 里。
     """
     if not torch.is_grad_enabled():  # 评估，或者外层的检查点正在前向：没有反向，无须检查点
         return segment(*inputs)
@@ -93,11 +96,12 @@ def checkpoint_by_hooks(segment: Segment, *inputs: Any) -> Tensor:
     图由 PyTorch 自己建，所以 ``autograd.grad``、没有要求梯度的输入都不成问题。
 
     异常:
-        RuntimeError: 反向之前输入被原地修改过，重算不出同样的结果。
+        RuntimeError: 反向之前输入被原地修改过；重算与第一次不同；段内保存的张量又被原地修改。
 
-    局限: 不支持二阶导数，不保存 autocast 的状态；只反向一部分时，没取走的要等到下一次。
+    局限: 不保存 autocast 的状态；只反向一部分时，没取走的要等到下一次。
     """
-    rng, count, shelf = capture_rng(), 0, []  # shelf：重算出来、还没有取走的
+    rng, count = capture_rng(), 0
+    shelf: list[tuple[Tensor, int] | None] = []  # 重算出来、还没有取走的：(张量, 当时的版本)
     versions = _versions(inputs)
 
     def pack(_: Tensor) -> int:
@@ -110,7 +114,11 @@ def checkpoint_by_hooks(segment: Segment, *inputs: Any) -> Tensor:
             if _versions(inputs) != versions:
                 raise RuntimeError("checkpoint_by_hooks：输入在前向之后被原地修改，无法重算")
             shelf[:] = _saved_tensors(segment, inputs, rng)
-        x, shelf[number] = shelf[number], None  # 交出去就不再留着
+            if len(shelf) != count:
+                raise RuntimeError(f"checkpoint_by_hooks：存了 {count} 个，重算 {len(shelf)} 个")
+        (x, version), shelf[number] = shelf[number], None  # 交出去就不再留着
+        if x._version != version:
+            raise RuntimeError("checkpoint_by_hooks：段内保存的张量又被原地修改，反向会出错")
         if all(item is None for item in shelf):
             shelf.clear()
         return x
@@ -124,13 +132,15 @@ def _versions(inputs: Sequence[Any]) -> list[int]:
     return [x._version for x in inputs if isinstance(x, Tensor)]
 
 
-def _saved_tensors(segment: Segment, inputs: Sequence[Any], rng: dict[str, Any]) -> list[Tensor]:
-    """以同样的随机状态再前向一遍，收集保存的张量；次序与第一次相同。"""
-    saved: list[Tensor] = []
+def _saved_tensors(
+    segment: Segment, inputs: Sequence[Any], rng: dict[str, Any]
+) -> list[tuple[Tensor, int]]:
+    """以同样的随机状态再前向一遍，收集保存的张量与版本号；次序与第一次相同。"""
+    saved: list[tuple[Tensor, int]] = []
     now = capture_rng()
     restore_rng(rng)
     try:
-        keep = saved_tensors_hooks(lambda x: saved.append(x.detach()), lambda _: None)
+        keep = saved_tensors_hooks(lambda x: saved.append((x.detach(), x._version)), lambda _: None)
         with torch.enable_grad(), keep:
             segment(*inputs)
     finally:
@@ -146,8 +156,8 @@ def checkpoint_sequential(
 ) -> Tensor:
     """把 ``layers`` 尽量均匀地切成 ``segments`` 段，逐段设检查点；最后一段不设（马上就要用）。
 
-    n 层、k 段时，峰值约为 k 个段输入加上 n/k 层的激活，``k = √n`` 时最省，为 ``2√n``；代价是多做
-    将近一次前向。
+    n 层、k 段时，峰值约为 k 个段输入（各占 b）加上 n/k 层的激活（每层 a），``k = √(na/b)`` 时最省，
+    为 ``2√(nab)``；代价是多做将近一次前向。
 
     参数:
         layers: 依次相接的各层。

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 if not __package__:  # 直接运行脚本时，把仓库根目录加入模块搜索路径
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from chapter_01_tensor_autograd import figures
 from chapter_01_tensor_autograd.all_reduce import (
     BucketedReducer,
     backward_on,
@@ -42,7 +41,7 @@ from utils import (
     run_main,
     set_seed,
 )
-from utils.cli import ArgumentParser, positive_float, positive_int
+from utils.cli import ArgumentParser, UserError, positive_float, positive_int
 from utils.datasets import load_images
 from utils.distributed import launch
 from utils.timer import seconds_of
@@ -163,9 +162,8 @@ def measure_all_reduce(args: argparse.Namespace) -> list[dict[str, float]]:
     return rows
 
 
-def work(args: argparse.Namespace) -> dict[str, Any]:
+def work(args: argparse.Namespace, images: Tensor, labels: Tensor) -> dict[str, Any]:
     """一个进程的全部工作；各进程运行同样的代码。"""
-    images, labels, _ = load_images("synth-digits", "train", limit=2 * args.batch_size)
     x = images.double() / 255
     sizes = sorted({max(dist.get_world_size(), args.batch_size // k) for k in (16, 4, 1)})
     return {
@@ -205,12 +203,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> dict:
     """派生（或加入）进程组，比较、测速、下结论；返回写进 ``metrics.json`` 的内容。"""
+    from chapter_01_tensor_autograd import figures  # 派生的进程会重新导入本文件，用不着画图
+
     args = parse_args(argv)
     out_dir = prepare_out_dir(args.out_dir)
     set_seed(args.seed)
     torch.set_num_threads(1)
     with Timer() as timer:
-        found = launch(work, args.processes, (args,))
+        images, labels, _ = load_images("synth-digits", "train", limit=2 * args.batch_size)
+        if len(images) < args.batch_size:
+            raise UserError(f"--batch-size {args.batch_size} 超过了训练集的 {len(images)} 张")
+        found = launch(work, args.processes, (args, images, labels))
     if found.pop("rank") != 0:  # 由 torchrun 启动的其余进程，到此为止
         return {}
     for name, error in found["errors"].items():

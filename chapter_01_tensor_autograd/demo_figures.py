@@ -16,8 +16,9 @@ LAYOUTS = ("x", "x.T", "x[:, ::2]", "x[:1].expand(3, 4)", "x.T.reshape(2, 6)")
 
 
 def layouts_figure(views: Mapping[str, torch.Tensor]) -> Figure:
-    """每个视图一格：颜色与数字是元素在内存里的位置；下方是内存本身，从左到右。"""
-    figure, grid = new_figure(1, len(views), size=(2.7 * len(views), 2.9))
+    """每个视图一格：颜色与数字是元素在 ``x`` 的内存里的位置。"""
+    widths = [y.shape[1] + 1.6 for y in views.values()]
+    figure, grid = new_figure(1, len(views), size=(0.46 * sum(widths), 2.7), width_ratios=widths)
     colors = matplotlib.colormaps["viridis"]
     for axes, (name, y) in zip(grid[0], views.items(), strict=True):
         values = y.numpy()
@@ -26,12 +27,10 @@ def layouts_figure(views: Mapping[str, torch.Tensor]) -> Figure:
         for (i, j), value in np.ndenumerate(values):
             color = "white" if value < 7 else "black"
             axes.text(j, i, f"{value:.0f}", ha="center", va="center", color=color, fontsize=9)
-        shared = y.untyped_storage().nbytes() == 48 and name != "x.T.reshape(2, 6)"
-        note = f"stride {y.stride()}" + ("" if shared else "\nnew memory")
-        axes.set(title=name, xticks=[], yticks=[], xlim=(-0.5, 5.5), ylim=(3.5, -0.5))
-        axes.set_xlim((columns - 6) / 2 - 0.5, (columns - 6) / 2 + 5.5)
-        axes.set_ylim((rows - 4) / 2 + 3.5, (rows - 4) / 2 - 0.5)
-        axes.set_xlabel(note, fontsize=9)
+        shared = name != "x.T.reshape(2, 6)"
+        note = f"stride {y.stride()}\n" + ("same memory" if shared else "a copy")
+        axes.set(title=name, xticks=[], yticks=[], xlim=(-1.3, columns + 0.3), ylim=(3.6, -0.5))
+        axes.text((columns - 1) / 2, rows - 0.2, note, ha="center", va="top", fontsize=9)
         axes.grid(False)
         for side in axes.spines.values():
             side.set_visible(False)
@@ -111,10 +110,13 @@ def newton_figure(
     axes.grid(False)
     axes = grid[0, 1]
     for (name, series), color in zip(values.items(), ("black", PALETTE[1]), strict=True):
-        shown = np.clip(series, 1e-32, None)
-        axes.plot(np.arange(len(series)) + 1, shown, "o-" if name == "newton" else "-",
-                  color=color, markersize=4, label=name)  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlabel="step + 1", ylabel="$f$", title="convergence")
+        shown = np.array(series)[np.array(series) > 0]  # 恰为 0 的画不到对数轴上，写在旁边
+        axes.plot(shown, "o-" if name == "newton" else "-", color=color, markersize=4, label=name)
+        if len(shown) < len(series):
+            axes.annotate(f"exactly 0 at step {len(shown)}", (len(shown) - 1, shown[-1]), (8, -2),
+                          textcoords="offset points", fontsize=9)  # fmt: skip
+    axes.set_xscale("symlog", linthresh=1)
+    axes.set(yscale="log", xlim=(-0.1, None), xlabel="step", ylabel="$f$", title="convergence")
     axes.legend()
     return figure
 
@@ -161,15 +163,15 @@ def checkpoint_figure(rows: Sequence[tuple[int, float, float]], layers: int) -> 
              title=f"memory, $n={layers}$ layers")  # fmt: skip
     axes.legend()
     axes = grid[0, 1]
-    axes.plot(segments, np.array([row[2] for row in rows]) / rows[0][2], "o-", color=PALETTE[1])
-    axes.axhline(4 / 3, color=MUTED, linestyle="--", linewidth=1)
-    axes.text(1, 4 / 3 + 0.02, "one more forward: 4/3", fontsize=8, color=MUTED)
+    times = np.array([row[2] for row in rows]) / rows[0][2]
+    axes.plot(segments, times, "o", color=PALETTE[1], label="measured")
+    axes.plot(fine, (4 - 1 / fine) / 3, "--", color=MUTED, linewidth=1.2, label="$(4-1/k)/3$")
     axes.set(xscale="log", xlabel="segments $k$", ylabel="time of a step / plain", ylim=(0.9, 1.7),
              title="time")  # fmt: skip
+    axes.legend(loc="upper left")
     for axes in grid[0]:
         axes.set_xticks(segments, [f"{k:.0f}" for k in segments])
         axes.minorticks_off()
-    low, high = peaks.min(), peaks.max()
-    ticks = np.unique(np.round(np.geomspace(low, high, 5), 1))
-    grid[0, 0].set_yticks(ticks, [f"{tick:.3g}" for tick in ticks])
+    ticks = [2.0**k for k in range(-9, 12) if peaks.min() / 2 < 2.0**k < 2 * peaks.max()]
+    grid[0, 0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     return figure

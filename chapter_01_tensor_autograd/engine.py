@@ -17,8 +17,9 @@
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,6 @@ import numpy as np
 from chapter_01_tensor_autograd import ops_elementwise as elementwise
 from chapter_01_tensor_autograd import ops_structure as structure
 from chapter_01_tensor_autograd.graph import (
-    Variable,
     backpropagate,
     grad,
     grad_mode,
@@ -35,14 +35,26 @@ from chapter_01_tensor_autograd.graph import (
     record,
     seed_for,
 )
+from chapter_01_tensor_autograd.methods import Operand, Operators
 
 __all__ = ["Tensor", "as_tensor", "grad", "grad_mode", "no_grad"]
 
-Dims = int | tuple[int, ...] | None
-Operand = Any  # Tensor、Python 数或数组
+
+def _in_place(name: str, operator: Callable[..., Tensor], doc: str) -> Callable[..., Tensor]:
+    """由算子 ``operator`` 得到它的原地形式。"""
+    linear = operator in (elementwise.add, elementwise.sub)
+
+    def method(self: Tensor, other: Operand) -> Tensor:
+        # 反向若要用到自己原来的值，先留一份：内存马上就要改写
+        saved = getattr(other, "requires_grad", False) or operator is elementwise.power
+        before = self.clone() if saved and not linear and is_grad_enabled() else self
+        return self._replace(name, operator(before, other))
+
+    method.__doc__ = doc
+    return method
 
 
-class Tensor(Variable):
+class Tensor(Operators):
     """会求导的 NumPy 数组。
 
     参数:
@@ -55,7 +67,6 @@ class Tensor(Variable):
     """
 
     __slots__ = ()
-    __array_ufunc__ = None  # 数组 * Tensor 交给 Tensor 处理
 
     def __init__(self, array: Any, requires_grad: bool = False, dtype: Any = None) -> None:
         data = np.array(array, dtype=dtype)
@@ -67,9 +78,6 @@ class Tensor(Variable):
 
     # ------------------------------------------------------------ 属性
 
-    shape = property(lambda self: self.data.shape, doc="各维的大小。")
-    ndim = property(lambda self: self.data.ndim, doc="维数。")
-    dtype = property(lambda self: self.data.dtype, doc="数据类型。")
     is_leaf = property(lambda self: self.grad_fn is None, doc="是否叶子：没有来历的张量。")
 
     @property
@@ -91,6 +99,9 @@ class Tensor(Variable):
         if self.data.size != 1:
             raise ValueError(f"item：形状 {self.shape} 不止一个元素")
         return self.data.item()
+
+    def __float__(self) -> float:
+        return float(self.item())
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.data, dtype) if copy else np.asarray(self.data, dtype)
@@ -122,7 +133,8 @@ class Tensor(Variable):
             )
         if requires_grad and self.dtype.kind != "f":
             raise TypeError(f"requires_grad_：只有浮点张量才能求导，实为 {self.dtype} {self.shape}")
-        self.requires_grad = self.storage.is_leaf = requires_grad
+        if requires_grad != self.requires_grad:
+            self.requires_grad = self.storage.is_leaf = requires_grad
         return self
 
     def backward(
@@ -146,8 +158,10 @@ class Tensor(Variable):
         backpropagate(self, seed, None, retain, create_graph)
 
     def detach(self) -> Tensor:
-        """同一块内存，没有来历：梯度到此为止。"""
-        return self.wrap(self.data, self.storage)
+        """同一块内存，没有来历：梯度到此为止，内容以后怎样改都不必追究。"""
+        x = self.wrap(self.data, self.storage)
+        x.recorded_at = math.inf
+        return x
 
     def clone(self) -> Tensor:
         """复制一份内存，梯度照常通过。"""
@@ -167,9 +181,10 @@ class Tensor(Variable):
         def keep(g: Tensor) -> None:
             tensor = reference()
             if tensor is not None:
-                tensor.grad = g
+                tensor.grad = g.clone() if tensor.grad is None else tensor.grad + g
 
-        if not self.is_leaf:
+        if not self.is_leaf and not self.hooks:
+            self.hooks = [keep]  # 原地修改之后，要跟到新的来历上去
             self.register_hook(keep)
 
     # ------------------------------------------------------------ 原地修改
@@ -182,34 +197,40 @@ class Tensor(Variable):
             )
         if result.shape != self.shape:
             raise ValueError(f"{name}：结果的形状 {result.shape} 放不进 {self.shape}")
+        self._check_writeable(name)
+        self.data[...] = result.data
+        self._touch()
+        if is_grad_enabled():  # 不记账时，来历照旧
+            kept = self.hooks if not self.is_leaf else None
+            if kept:
+                self.grad_fn.hooks = [hook for hook in self.grad_fn.hooks if hook not in kept]
+            self.grad_fn, self.requires_grad = result.grad_fn, result.requires_grad
+            self.recorded_at = self.storage.version
+            if result.requires_grad:
+                self.storage.tracked = self.storage.version
+                if kept:
+                    self.grad_fn.hooks = [*(self.grad_fn.hooks or ()), *kept]
+        return self
+
+    def _check_writeable(self, name: str) -> None:
         if not self.data.flags.writeable:
             raise RuntimeError(
                 f"{name}：形状 {self.shape} 是广播或滑窗得到的只读视图，请先 clone()"
             )
-        self.data[...] = result.data
-        self._touch()
-        if is_grad_enabled():  # 不记账时，来历照旧
-            self.grad_fn, self.requires_grad = result.grad_fn, result.requires_grad
-        return self
 
     def _touch(self) -> None:
-        """内容变了：版本号加一。"""
+        """内容变了：版本号加一；来历本来就不对的，不会因此变对。"""
+        in_step = self.recorded_at == self.storage.version
         self.storage.version += 1
-        self.recorded_at = self.storage.version
+        if in_step:
+            self.recorded_at = self.storage.version
 
-    def add_(self, other: Operand) -> Tensor:
-        """原地 ``self += other``。"""
-        return self._replace("add_", self + other)
-
-    def sub_(self, other: Operand) -> Tensor:
-        """原地 ``self −= other``。"""
-        return self._replace("sub_", self - other)
-
-    def mul_(self, other: Operand) -> Tensor:
-        """原地 ``self *= other``。"""
-        # 对 other 的梯度要用到自己原来的值，而内存马上就要改写
-        before = self.clone() if getattr(other, "requires_grad", False) else self
-        return self._replace("mul_", before * other)
+    add_ = _in_place("add_", elementwise.add, "原地 ``self += other``。")
+    sub_ = _in_place("sub_", elementwise.sub, "原地 ``self −= other``。")
+    mul_ = _in_place("mul_", elementwise.mul, "原地 ``self *= other``。")
+    div_ = _in_place("div_", elementwise.div, "原地 ``self /= other``。")
+    pow_ = _in_place("pow_", elementwise.power, "原地 ``self **= other``。")
+    __iadd__, __isub__, __imul__, __itruediv__, __ipow__ = add_, sub_, mul_, div_, pow_
 
     def copy_(self, other: Operand) -> Tensor:
         """原地换成 ``other``（可广播）。"""
@@ -218,167 +239,32 @@ class Tensor(Variable):
 
     def zero_(self) -> Tensor:
         """原地清零。"""
-        return self.copy_(0.0)
+        return self.copy_(0)
 
     def __setitem__(self, index: Any, value: Operand) -> None:
         index = structure.plain_index(index)
-        part = np.asarray(self.data[index])
+        part = structure.take("setitem", self.data, index)
         value = elementwise.operands("setitem", self, value)[1]
         written = _is_same_memory(value, part) and self.recorded_at == self.storage.version - 1
         value = value.expand(*part.shape)
+        self._check_writeable("setitem")
+        if written:  # ``x[index] += v`` 已经通过视图写好了，只差来历：其余的元素没有变
+            self.recorded_at = self.storage.version
         if not (is_grad_enabled() and (self.requires_grad or value.requires_grad)):
             self.data[index] = value.data
             self._touch()
             return
-        if written:  # ``x[index] += v`` 已经通过视图写好了，只差来历：其余的元素没有变
-            self.recorded_at = self.storage.version
-        mask = np.zeros(self.shape, dtype=bool)
-        mask[index] = True
-        self._replace("setitem", structure.scatter(value, index, self.shape).where(mask, self))
-
-    __iadd__, __isub__, __imul__ = add_, sub_, mul_
-
-    # ------------------------------------------------------------ 运算符
-
-    __add__ = __radd__ = elementwise.add
-    __mul__ = __rmul__ = elementwise.mul
-    __sub__, __truediv__, __pow__ = elementwise.sub, elementwise.div, elementwise.power
-    __neg__, __matmul__, __getitem__ = elementwise.neg, structure.matmul, structure.getitem
-    __abs__ = elementwise.absolute
-
-    def __rsub__(self, other: Operand) -> Tensor:
-        return elementwise.sub(other, self)
-
-    def __rtruediv__(self, other: Operand) -> Tensor:
-        return elementwise.div(other, self)
-
-    def __rpow__(self, other: Operand) -> Tensor:
-        return elementwise.power(other, self)
-
-    def __rmatmul__(self, other: Operand) -> Tensor:
-        return structure.matmul(other, self)
-
-    # 比较不可导，结果是布尔数组
-    def __lt__(self, other: Operand) -> np.ndarray:
-        return self.data < np.asarray(other)
-
-    def __le__(self, other: Operand) -> np.ndarray:
-        return self.data <= np.asarray(other)
-
-    def __gt__(self, other: Operand) -> np.ndarray:
-        return self.data > np.asarray(other)
-
-    def __ge__(self, other: Operand) -> np.ndarray:
-        return self.data >= np.asarray(other)
-
-    # ------------------------------------------------------------ 方法（公式见 ops_*.py）
-
-    exp, log, sqrt = elementwise.exp, elementwise.log, elementwise.sqrt
-    sin, cos, erf = elementwise.sin, elementwise.cos, elementwise.erf
-    tanh, sigmoid, relu = elementwise.tanh, elementwise.sigmoid, elementwise.relu
-    abs, pow, clip = elementwise.absolute, elementwise.power, elementwise.clip
-    maximum, minimum = elementwise.maximum, elementwise.minimum
-    sum, cumsum, sum_to = structure.summation, structure.cumsum, structure.sum_to
-    softmax, logsumexp = structure.softmax, structure.logsumexp
-
-    def where(self, condition: Any, other: Operand) -> Tensor:
-        """条件为真处取自己，否则取 ``other``。"""
-        return elementwise.where(condition, self, other)
-
-    def mean(self, dim: Dims = None, keepdim: bool = False) -> Tensor:
-        """平均。"""
-        dims = structure.normalize_dims("mean", self, dim)
-        count = int(np.prod([self.shape[d] for d in dims]))
-        return self.sum(dims, keepdim) / count
-
-    def var(self, dim: Dims = None, correction: int = 1, keepdim: bool = False) -> Tensor:
-        """方差 ``Σ(x − x̄)²/(n − correction)``；缺省为无偏估计，同 ``torch.var``。"""
-        dims = structure.normalize_dims("var", self, dim)
-        count = int(np.prod([self.shape[d] for d in dims]))
-        squares = (self - self.mean(dims, keepdim=True)) ** 2
-        return squares.sum(dims, keepdim) / (count - correction)
-
-    def max(self, dim: Dims = None, keepdim: bool = False) -> Tensor:
-        """最大值；并列者平分梯度，同 ``torch.amax``。"""
-        return structure.extremum("max", self, dim, keepdim)
-
-    def min(self, dim: Dims = None, keepdim: bool = False) -> Tensor:
-        """最小值；并列者平分梯度，同 ``torch.amin``。"""
-        return structure.extremum("min", self, dim, keepdim)
-
-    def log_softmax(self, dim: int) -> Tensor:
-        """``x − logsumexp(x)``。"""
-        return self - self.logsumexp(dim, keepdim=True)
-
-    def reshape(self, *shape: Any) -> Tensor:
-        """``reshape(2, 3)`` 或 ``reshape((2, 3))``；一维可写 −1。"""
-        return structure.reshape(self, _flat(shape))
-
-    def permute(self, *dims: Any) -> Tensor:
-        """重排各维。"""
-        return structure.permute(self, _flat(dims))
-
-    def expand(self, *shape: Any) -> Tensor:
-        """广播到 ``shape``，不占内存。"""
-        return structure.expand(self, _flat(shape))
-
-    def transpose(self, dim0: int, dim1: int) -> Tensor:
-        """互换两维。"""
-        dim0, dim1 = structure.normalize_dims("transpose", self, (dim0, dim1))
-        order = list(range(self.ndim))
-        order[dim0], order[dim1] = dim1, dim0
-        return self.permute(*order)
-
-    def flatten(self, start: int = 0) -> Tensor:
-        """从第 ``start`` 维起压成一维。"""
-        return self.reshape(*self.shape[:start], -1)
-
-    def squeeze(self, dim: int) -> Tensor:
-        """去掉长为 1 的第 ``dim`` 维。"""
-        (dim,) = structure.normalize_dims("squeeze", self, dim)
-        if self.shape[dim] != 1:
-            raise ValueError(f"squeeze：形状 {self.shape} 的第 {dim} 维不是 1")
-        return self.reshape(*self.shape[:dim], *self.shape[dim + 1 :])
-
-    def unsqueeze(self, dim: int) -> Tensor:
-        """在第 ``dim`` 维处插入长为 1 的一维。"""
-        if not -self.ndim - 1 <= dim <= self.ndim:
-            raise ValueError(f"unsqueeze：dim={dim} 超出范围：形状 {self.shape}")
-        dim = dim % (self.ndim + 1)
-        return self.reshape(*self.shape[:dim], 1, *self.shape[dim:])
-
-    def flip(self, dim: int) -> Tensor:
-        """沿第 ``dim`` 维倒序。"""
-        (dim,) = structure.normalize_dims("flip", self, dim)
-        return self[(slice(None),) * dim + (slice(None, None, -1),)]
-
-    def gather(self, dim: int, index: Any) -> Tensor:
-        """``y[i, j] = x[i, index[i, j]]``（``dim = 1`` 时），同 ``torch.gather``。"""
-        return self[structure.take_along("gather", self, dim, index)]
-
-    def scatter_add(self, dim: int, index: Any, source: Tensor) -> Tensor:
-        """``y = x``，再 ``y[i, index[i, j]] += source[i, j]``，同 ``torch.scatter_add``。"""
-        where = structure.take_along("scatter_add", self, dim, index)
-        return self + structure.scatter(source, where, self.shape)
-
-    def astype(self, dtype: Any) -> Tensor:
-        """换一种 dtype；梯度换回来。"""
-        old = self.dtype
-        y = self.data.astype(dtype)
-        return record("astype", y, (self, lambda g: g.astype(old)), dtype=y.dtype)
+        written_by = np.full(self.shape, -1)  # 每处最后写入的是 value 的第几个；-1 是没有写
+        written_by[index] = order = np.arange(part.size).reshape(part.shape)
+        value = value.where(written_by[index] == order, 0.0)  # 写了几次的，只有最后一次算数
+        scattered = structure.scatter(value, index, self.shape)
+        self._replace("setitem", scattered.where(written_by >= 0, self))
 
 
 def _is_same_memory(x: Tensor, part: np.ndarray) -> bool:
     """``x`` 是否恰好就是 ``part`` 那块内存。"""
     places = [(a.ctypes.data, a.shape, a.strides) for a in (x.data, part)]
     return places[0] == places[1]
-
-
-def _flat(arguments: tuple[Any, ...]) -> tuple[int, ...]:
-    """``f(2, 3)`` 与 ``f((2, 3))`` 两种写法都接受。"""
-    if len(arguments) == 1 and isinstance(arguments[0], Sequence):
-        return tuple(arguments[0])
-    return arguments
 
 
 def as_tensor(array: Any) -> Tensor:

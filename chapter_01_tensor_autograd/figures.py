@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
 
 from utils.plot import DIVERGING, MUTED, PALETTE, new_figure, plot_curves
 
@@ -119,6 +120,12 @@ def data_parallel_figure(
     for name, label in (("ring", "ring, send/recv (ours)"), ("official", "gloo all_reduce")):
         axes.plot(sizes, [1e3 * row[name] for row in all_reduce], "o-", label=label)
     axes.set(xscale="log", yscale="log", xlabel="MiB", ylabel="milliseconds", title="all-reduce")
+    for axis, ticks in ((axes.xaxis, sizes), (axes.yaxis, (0.1, 0.2, 0.5, 1, 2, 5))):
+        axis.set_major_locator(FixedLocator(ticks))
+        axis.set_major_formatter(
+            lambda value, _: f"{value:.2g}" if value >= 0.1 else f"1/{1 / value:.0f}"
+        )
+        axis.set_minor_locator(NullLocator())
     axes.legend()
     return figure
 
@@ -131,7 +138,7 @@ def speed_figure(
     scalar: Mapping[str, Sequence[float]],
     chains: Sequence[Mapping[str, float]],
 ) -> Figure:
-    """三格：MLP 一轮的秒数；标量引擎一步的毫秒数；链的时间与内存。"""
+    """三格：MLP 一轮的秒数；标量引擎一步的毫秒数；链的内存。"""
     figure, grid = new_figure(1, 3, size=(13.0, 3.0), width_ratios=(1, 1.25, 1))
     panels = (
         (grid[0, 0], epoch, 1.0, "s", ".3f", "MLP 784-256-10, one epoch", [PALETTE[0], MUTED]),

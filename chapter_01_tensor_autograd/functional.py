@@ -19,9 +19,8 @@ from chapter_01_tensor_autograd import ops_elementwise, ops_structure
 from chapter_01_tensor_autograd.engine import Tensor
 from chapter_01_tensor_autograd.graph import record
 
-where, maximum, minimum = (
-    ops_elementwise.where, ops_elementwise.maximum, ops_elementwise.minimum,
-)  # fmt: skip
+where, maximum = ops_elementwise.where, ops_elementwise.maximum
+minimum = ops_elementwise.minimum
 concat = ops_structure.concat
 
 
@@ -135,6 +134,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         raise ValueError(
             f"linear：x 应为 (B, I)，weight 应为 (O, I)，实为 {x.shape} 与 {weight.shape}"
         )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"linear：bias 应为 {weight.shape[:1]}，实为 {bias.shape}")
+    for parameter in (weight,) if bias is None else (weight, bias):
+        ops_elementwise.operands("linear", x, parameter)  # dtype 须相同
     edges = [(x, lambda g: g @ weight), (weight, lambda g: g.T @ x)]
     y = x.data @ weight.data.T
     if bias is not None:
@@ -169,8 +172,8 @@ def conv2d(
     if padding:
         x = pad(x, (padding,) * 4)
     patches = ops_structure.windows(x, weight.shape[2:], stride, dilation)
-    batch, _, rows, columns = patches.shape[:4]
+    (batch, _, rows, columns), size = patches.shape[:4], math.prod(weight.shape[1:])
     # (B, C, OH, OW, KH, KW) -> (B·OH·OW, C·KH·KW)
-    flat = patches.permute(0, 2, 3, 1, 4, 5).reshape(batch * rows * columns, -1)
+    flat = patches.permute(0, 2, 3, 1, 4, 5).reshape(batch * rows * columns, size)
     y = linear(flat, weight.flatten(1), bias)
-    return y.reshape(batch, rows, columns, -1).permute(0, 3, 1, 2)
+    return y.reshape(batch, rows, columns, weight.shape[0]).permute(0, 3, 1, 2)

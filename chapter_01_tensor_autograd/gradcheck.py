@@ -2,7 +2,7 @@
 
 本文件教什么：梯度写错了，训练往往照样收敛，只是差一些；唯一可靠的检查是与差分比较。差分的步长太大有
 截断误差，太小有舍入误差，误差对步长的曲线是 U 形；最低点在哪里、有多低，由浮点格式决定。
-不涉及：复数。对应 README 的「数值检查」一节。
+对应 README 的「数值检查」一节。
 
 参考: Squire, Trapp, 1998, SIAM Review 40(1)（复数步长）。
 """
@@ -25,7 +25,7 @@ class GradientError(AssertionError):
 
 
 def best_step(dtype: type, order: int) -> float:
-    """误差 ``h^order + ε/h`` 最小的步长的量级：``ε^{1/(order+1)}``；中心差分 ``order = 2``。"""
+    """误差 ``h^order + η/h`` 最小的步长的量级：``η^{1/(order+1)}``，η 为机器精度。"""
     return float(np.finfo(dtype).eps) ** (1 / (order + 1))
 
 
@@ -35,7 +35,7 @@ def forward_difference(f: Callable, x: np.ndarray, h: float) -> np.ndarray:
 
 
 def central_difference(f: Callable, x: np.ndarray, h: float) -> np.ndarray:
-    """``(f(x + h) − f(x − h))/2h``，``f`` 逐元素；奇数次项抵消，截断误差 ``O(h²)``。"""
+    """``(f(x + h) − f(x − h))/2h``，``f`` 逐元素；展开式的偶数次项抵消，截断误差 ``O(h²)``。"""
     step = x.dtype.type(h)
     return (f(x + step) - f(x - step)) / (2 * step)
 
@@ -71,17 +71,17 @@ def gradcheck(
 
     参数:
         function: 引擎张量 -> 引擎张量。
-        inputs: float64 的数组；点要避开不可导处。
-        tolerance: 允许的相对误差。
+        inputs: float64 的数组，量级在 1 左右；点要避开不可导处。
+        tolerance: 允许的误差，相对于这个输入的梯度中最大的一个：各元素的梯度悬殊时，小的查不准。
         h: 差分的步长，缺省 ``best_step(float64, 2)`` ≈ 6e-6。
 
     异常:
-        TypeError: 输入不是 float64（float32 的差分只有三四位有效数字，查不出什么）。
+        TypeError: 输入不是 float64（float32 的差分只有四五位有效数字，查不出什么）。
         GradientError: 误差超出允许的范围。
     """
     leaves, y, weight = _prepare(function, inputs, seed)
     h = best_step(np.float64, 2) if h is None else h
-    gradients = grad(y, leaves, weight, allow_unused=True)
+    gradients = _gradients(y, leaves, weight)
     floor, worst = _noise(y.numpy() * weight, h) / tolerance, 0.0
     for index, (x, g) in enumerate(zip(inputs, gradients, strict=True)):
 
@@ -114,7 +114,7 @@ def directional_check(
     返回最大相对误差；不符时抛出 ``GradientError``。
     """
     leaves, y, weight = _prepare(function, inputs, seed)
-    gradients = grad(y, leaves, weight, allow_unused=True)
+    gradients = _gradients(y, leaves, weight)
     h = best_step(np.float64, 2)  # v 的每个分量约为 1，所以每个元素都走约一个最佳步长
     floor, worst = _noise(y.numpy() * weight, h) / tolerance, 0.0
     generator = make_generator(seed + 1)
@@ -155,6 +155,13 @@ def _prepare(
     leaves = [Tensor(x, requires_grad=True) for x in inputs]
     y = function(*leaves)
     return leaves, y, _normal(y.shape, make_generator(seed))
+
+
+def _gradients(y: Tensor, leaves: list[Tensor], weight: np.ndarray) -> Sequence[Tensor | None]:
+    """输出与 ``weight`` 的内积对各个叶子的梯度；无关的为 ``None``。"""
+    if not y.requires_grad:
+        return [None] * len(leaves)
+    return grad(y, leaves, weight, allow_unused=True)
 
 
 def _weighted(

@@ -53,6 +53,7 @@ class Storage:
     """一块内存的身份：视图与 ``detach`` 共用它。每次原地修改，版本号加一。"""
 
     version = 0
+    tracked = 0  # 最近一次写入要求梯度的量之后的版本
     is_leaf = False  # 是否属于一个要求梯度的叶子
 
 
@@ -90,12 +91,7 @@ class Node:
     ) -> None:
         self.name, self.output, self.hooks = name, output, None
         saved = [] if output is None else [output]
-        for x, vjp in edges:
-            if x.recorded_at != x.storage.version and x.grad_fn is not None:
-                raise RuntimeError(
-                    f"{name}：形状 {x.data.shape} 的输入（由 {x.grad_fn.name} 得到）的内容已被"
-                    "另一个共用内存的张量原地修改，来历不再成立：请先 clone() 再原地修改"
-                )
+        for _, vjp in edges:
             # VJP 的闭包捉住的张量，就是为反向保存的张量
             for cell in vjp.__closure__ or ():
                 if isinstance(cell.cell_contents, Variable):
@@ -148,6 +144,7 @@ def record(
         dtype = first.data.dtype  # NumPy 1 会把 0 维的 float32 与 Python 数的结果升成 float64
     out = first.wrap(data if dtype is None else np.asarray(data, dtype))
     if _mode.recording:
+        _check_history(name, edges)
         tracked = [edge for edge in edges if edge[0].requires_grad]
         if tracked:
             out.requires_grad = True
@@ -155,6 +152,19 @@ def record(
             output = out.wrap(out.data, out.storage) if save_output else None
             out.grad_fn = Node(name, tracked, output)
     return out
+
+
+def _check_history(name: str, edges: Sequence[tuple[Variable, Vjp]]) -> None:
+    """输入的内容若已经由别的视图改写，它的来历（或没有来历）就不对了；悄悄用下去，梯度是错的。"""
+    for x, _ in edges:
+        if x.recorded_at != x.storage.version and (
+            x.grad_fn is not None or x.storage.tracked > x.recorded_at
+        ):
+            origin = f"由 {x.grad_fn.name} 得到" if x.grad_fn else "没有来历"
+            raise RuntimeError(
+                f"{name}：形状 {x.data.shape} 的输入（{origin}）的内容已被另一个共用内存的张量"
+                "原地修改，来历不再成立：请写成 x[下标] = 值，或先 clone() 再原地修改"
+            )
 
 
 def topological_order(root: Vertex) -> list[Vertex]:
@@ -200,7 +210,7 @@ def backpropagate(
                 changed = hook(g)
                 g = g if changed is None else changed
             if targets is not None and vertex in targets:
-                found[vertex] = g
+                found[vertex] = g.clone() if g is seed else g
             if isinstance(vertex, Variable):
                 if targets is None:
                     vertex.grad = g if vertex.grad is None else vertex.grad + g
@@ -244,6 +254,8 @@ def _with_history(node: Node) -> Variable:
 
 def seed_for(output: Variable, grad: Any, caller: str) -> Variable:
     """核对并准备反向的起点：标量缺省为 1，其余必须给出同形状的梯度。"""
+    if not isinstance(output, Variable):
+        raise TypeError(f"{caller}：output 应为一个张量，实为 {type(output).__name__}")
     if not output.requires_grad:
         raise RuntimeError(
             f"{caller}：形状 {output.data.shape} 的张量不在计算图里：它的输入都没有 "

@@ -163,7 +163,10 @@ HALF = 0.38  # 方框宽度的一半，以列为单位
 
 
 def draw_graphs(graphs: Mapping[str, Graph]) -> Figure:
-    """画成图，标题 -> 图，上下排列：橙色是叶子，蓝色是运算，数据由左往右流，梯度原路返回。"""
+    """画成图，标题 -> 图，上下排列：橙色是叶子，蓝色是运算，灰色是输出。
+
+    数据由左往右流，梯度原路返回。
+    """
     plans = {title: layout(graph) for title, graph in graphs.items()}
     columns = max(x for points, _ in plans.values() for x, _ in points) + 1
     spans = [[y for route in routes for _, y in route] for _, routes in plans.values()]
@@ -181,13 +184,15 @@ def draw_graphs(graphs: Mapping[str, Graph]) -> Figure:
 def _draw_graph(axes: Axes, graph: Graph, points: list[Point], routes: list[list[Point]]) -> None:
     for route, (source, _, shape) in zip(routes, graph.edges, strict=True):
         _draw_edge(axes, route, "" if graph.is_leaf[source] else shape)
-    for (x, y), label, leaf in zip(points, graph.labels, graph.is_leaf, strict=True):
+    colors = [PALETTE[4 if leaf else 5] for leaf in graph.is_leaf]
+    colors[-1] = "0.88"  # 输出本身，不是运算
+    for (x, y), label, color in zip(points, graph.labels, colors, strict=True):
         box = FancyBboxPatch(
             (x - HALF, y - 0.26),
             2 * HALF,
             0.52,
             boxstyle="round,pad=0,rounding_size=0.08",
-            facecolor=PALETTE[4 if leaf else 5],
+            facecolor=color,
             edgecolor="none",
         )
         axes.add_patch(box)
@@ -207,8 +212,9 @@ def _draw_edge(axes: Axes, route: list[Point], label: str) -> None:
         path=Path(vertices, codes), arrowstyle="-|>", mutation_scale=9, color=MUTED, linewidth=1
     )
     axes.add_patch(arrow)
-    x, y = route[0]
-    axes.text(x + HALF + 0.02, y + 0.1, label, fontsize=6, color=MUTED, va="bottom")
+    (x, y), rising = route[0], route[1][1] > route[0][1]
+    axes.text(x + HALF + 0.03, y + (-0.08 if rising else 0.08), label, fontsize=6, color=MUTED,
+              va="top" if rising else "bottom")  # fmt: skip
 
 
 def mermaid(graph: Graph) -> str:

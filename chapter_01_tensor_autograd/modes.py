@@ -192,29 +192,38 @@ def jacobian_by_rows(f: Function, x: np.ndarray) -> np.ndarray:
 
 def jacobian_by_columns(f: Function, x: np.ndarray) -> np.ndarray:
     """前向模式逐列：n 次前向，每次给出 ``J`` 的一列。"""
-    return np.stack([jvp(f, x, v)[1] for v in np.eye(x.shape[0])], axis=1)
+    return np.stack([jvp(f, x, v)[1] for v in np.eye(x.shape[0], dtype=x.dtype)], axis=1)
 
 
 # ---------------------------------------------------------------- 二阶
 
 
+def _gradient(f: Function, x: np.ndarray) -> tuple[Tensor, Tensor]:
+    """叶子，以及还可以再求导的梯度；与 ``x`` 无关的 ``f`` 梯度为零。"""
+    leaf = Tensor(x, requires_grad=True)
+    y = f(leaf)
+    g = None
+    if y.requires_grad:
+        (g,) = grad(y, leaf, create_graph=True, allow_unused=True)
+    return leaf, Tensor(np.zeros_like(x)) if g is None else g
+
+
 def hvp(f: Function, x: np.ndarray, v: np.ndarray) -> np.ndarray:
     """海森向量积 ``H v``，反向套反向：``∇(∇f · v) = H v``；``f`` 输出标量。"""
-    leaf = Tensor(x, requires_grad=True)
-    (g,) = grad(f(leaf), leaf, create_graph=True)
+    leaf, g = _gradient(f, x)
     return _pull_back((g * Tensor(v)).sum(), leaf)
 
 
 def hvp_reverse_over_forward(f: Function, x: np.ndarray, v: np.ndarray) -> np.ndarray:
     """海森向量积，反向套前向：先用对偶数得到方向导数 ``∇f · v``，再对它反向一次。"""
     leaf = Tensor(x, requires_grad=True)
-    return _pull_back(f(Dual(leaf, Tensor(v))).tangent, leaf)
+    y = f(Dual(leaf, Tensor(v)))
+    return _pull_back(y.tangent, leaf) if isinstance(y, Dual) else np.zeros_like(x)
 
 
 def hessian(f: Function, x: np.ndarray) -> np.ndarray:
     """完整的海森矩阵 ``(n, n)``：梯度建一次图，再逐行反向。"""
-    leaf = Tensor(x, requires_grad=True)
-    (g,) = grad(f(leaf), leaf, create_graph=True)
+    leaf, g = _gradient(f, x)
     return np.stack([_pull_back(g, leaf, e) for e in np.eye(x.shape[0])])
 
 

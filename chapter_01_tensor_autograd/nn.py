@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from chapter_01_tensor_autograd import functional as F
-from chapter_01_tensor_autograd.engine import Tensor
+from chapter_01_tensor_autograd.engine import Tensor, no_grad
 
 ACTIVATIONS = ("relu", "tanh", "sigmoid", "gelu", "silu")
 
@@ -98,8 +98,9 @@ class MLP:
         given = {name: tuple(value.shape) for name, value in state.items()}
         if shapes != given:
             raise ValueError(f"load_state_dict：应为 {shapes}，实为 {given}")
-        for name, value in state.items():
-            own[name].numpy()[...] = value.detach().cpu().numpy()
+        with no_grad():
+            for name, value in state.items():
+                own[name].copy_(value.detach().cpu().numpy())
 
 
 class TorchMLP(torch.nn.Module):

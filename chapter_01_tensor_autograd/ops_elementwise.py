@@ -6,7 +6,8 @@
 广播不必在这里操心：形状不符的梯度由引擎的 ``sum_to`` 求和还原。
 对应 README 的「算子与 VJP」一节。
 
-不可导点的约定与 PyTorch 相同：relu 与 abs 在 0 处取 0；maximum 的并列者各得一半；clip 的边界取 1。
+不可导点的约定：relu 与 abs 在 0 处取 0，maximum 的并列者各得一半，与 PyTorch 相同；clip 的边界取 1
+（PyTorch 各版本不一）。
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def operands(name: str, a: Operand, b: Operand) -> tuple[Tensor, Tensor]:
     """把二元算子的两个操作数都变成张量：Python 数与数组随另一个的 dtype。
 
     异常:
-        TypeError: 操作数不是数；或两个张量的 dtype 不同（本引擎从不悄悄提升）。
+        TypeError: 操作数不是数；整数或布尔张量遇上小数；两个张量的 dtype 不同（从不悄悄提升）。
     """
     if not (isinstance(a, Variable) and isinstance(b, Variable)):
         tensor, other = (a, b) if isinstance(a, Variable) else (b, a)
@@ -37,7 +38,7 @@ def operands(name: str, a: Operand, b: Operand) -> tuple[Tensor, Tensor]:
         ):
             what = getattr(other, "dtype", type(other).__name__)
             raise TypeError(f"{name}：操作数应为 Tensor、实数或实数数组，实为 {what}")
-        constant = tensor.wrap(np.asarray(other, dtype=tensor.data.dtype))
+        constant = tensor.wrap(_constant(other, tensor.data.dtype))
         a, b = (a, constant) if isinstance(a, Variable) else (constant, b)
     if a.data.dtype != b.data.dtype:
         raise TypeError(
@@ -45,6 +46,15 @@ def operands(name: str, a: Operand, b: Operand) -> tuple[Tensor, Tensor]:
             "请先用 astype 转成同一种"
         )
     return a, b
+
+
+def _constant(value: Any, dtype: np.dtype) -> np.ndarray:
+    """数随张量的 dtype；放不进整数张量的（小数、太大的数）保持原样，由 ``operands`` 报错。"""
+    if dtype.kind == "f":
+        return np.asarray(value, dtype)
+    array = np.asarray(value)
+    narrowed = array if array.dtype.kind == "f" else array.astype(dtype)
+    return narrowed if (narrowed == array).all() else array
 
 
 def compute(name: str, function: Callable[..., Any], a: Tensor, b: Tensor) -> Any:
@@ -56,6 +66,11 @@ def compute(name: str, function: Callable[..., Any], a: Tensor, b: Tensor) -> An
             f"{name}：形状 {a.data.shape} 与 {b.data.shape} 不能广播：从最后一维往前对齐，"
             "每一维要么相等，要么有一个是 1"
         ) from None
+
+
+def float_dtype(x: Tensor) -> Any:
+    """``x`` 的 dtype；整数与布尔则为 float64。"""
+    return x.data.dtype if x.data.dtype.kind == "f" else np.dtype(float)
 
 
 def same(g: Tensor) -> Tensor:
@@ -105,7 +120,7 @@ def power(a: Operand, b: Operand) -> Tensor:
 
     def base(g: Tensor) -> Tensor:
         lowered = a.where(~no_slope, 1.0) ** (b - 1)  # b = 0 处换成 1，免得 0⁻¹ = inf
-        return g * b * lowered
+        return (g * b * lowered).where(~no_slope, 0.0)
 
     def exponent(g: Tensor) -> Tensor:
         positive = a.where(~no_base, 1.0)
@@ -118,7 +133,7 @@ def _power_constant(a: Tensor, b: float) -> Tensor:
     y = np.multiply(a.data, a.data) if b == 2 else np.power(a.data, b)
 
     def base(g: Tensor) -> Tensor:
-        return g * 0.0 if b == 0 else g * a ** (b - 1) * b
+        return g.where(np.False_, 0.0) if b == 0 else g * a ** (b - 1) * b
 
     return record("pow", y, (a, base))
 
@@ -164,7 +179,7 @@ def tanh(x: Tensor) -> Tensor:
 def sigmoid(x: Tensor) -> Tensor:
     """``y = 1/(1 + e⁻ˣ)``，``y′ = y(1 − y)``；指数只取非正数，两端都不溢出。"""
     small = np.exp(-np.abs(x.data))
-    y = np.where(x.data >= 0, 1.0, small).astype(x.data.dtype, copy=False) / (1.0 + small)
+    y = np.where(x.data >= 0, 1.0, small).astype(small.dtype, copy=False) / (1.0 + small)
     return record("sigmoid", y, (x, lambda g, y: g * y * (1.0 - y)), save_output=True)
 
 
@@ -173,7 +188,7 @@ _erf = np.frompyfunc(math.erf, 1, 1)  # NumPy 没有 erf，逐个用标准库的
 
 def erf(x: Tensor) -> Tensor:
     """误差函数 ``y = (2/√π) ∫₀ˣ e^{−t²} dt``，``y′ = (2/√π) e^{−x²}``。"""
-    y = np.asarray(_erf(x.data)).astype(x.data.dtype)
+    y = np.asarray(_erf(x.data)).astype(float_dtype(x))
     return record("erf", y, (x, lambda g: g * (-(x * x)).exp() * (2 / math.sqrt(math.pi))))
 
 
@@ -182,7 +197,7 @@ def erf(x: Tensor) -> Tensor:
 
 def where(condition: Any, a: Operand, b: Operand) -> Tensor:
     """``condition`` 为真处取 ``a``，否则取 ``b``；梯度也照此分流。"""
-    mask = condition.data if isinstance(condition, Variable) else np.asarray(condition)
+    mask = condition.data.copy() if isinstance(condition, Variable) else np.asarray(condition)
     if mask.dtype != bool:
         raise TypeError(f"where：条件应为布尔数组，实为 {mask.dtype} {mask.shape}")
     a, b = operands("where", a, b)
@@ -191,9 +206,12 @@ def where(condition: Any, a: Operand, b: Operand) -> Tensor:
 
 
 def relu(x: Tensor) -> Tensor:
-    """``y = max(0, x)``，``y′ = 1[x > 0]``。"""
-    mask = x.data > 0
-    return record("relu", np.maximum(x.data, 0), (x, lambda g: g * mask))
+    """``y = max(0, x)``，``y′ = 1[x > 0]``。
+
+    没有取到的一支，梯度是 0 而不是 ``g × 0``：``relu(x).sqrt()`` 里 ``g`` 可能是无穷大。
+    """
+    blocked = x.data <= 0  # 不写 > 0：nan 的梯度照传，不悄悄变成 0
+    return record("relu", np.maximum(x.data, 0), (x, lambda g: g.where(~blocked, 0.0)))
 
 
 def absolute(x: Tensor) -> Tensor:
@@ -204,18 +222,27 @@ def absolute(x: Tensor) -> Tensor:
 
 def maximum(a: Operand, b: Operand) -> Tensor:
     """逐元素取大者；梯度给胜者，并列则各半。"""
-    a, b = operands("maximum", a, b)
-    y = compute("maximum", np.maximum, a, b)
-    share = np.where(a.data == b.data, 0.5, a.data > b.data).astype(y.dtype)
-    return record("maximum", y, (a, lambda g: g * share), (b, lambda g: g * (1 - share)))
+    return _extremum("maximum", np.maximum, np.less, a, b)
 
 
 def minimum(a: Operand, b: Operand) -> Tensor:
     """逐元素取小者；梯度给胜者，并列则各半。"""
-    a, b = operands("minimum", a, b)
-    y = compute("minimum", np.minimum, a, b)
-    share = np.where(a.data == b.data, 0.5, a.data < b.data).astype(y.dtype)
-    return record("minimum", y, (a, lambda g: g * share), (b, lambda g: g * (1 - share)))
+    return _extremum("minimum", np.minimum, np.greater, a, b)
+
+
+def _extremum(
+    name: str, function: Callable[..., Any], loses: Callable[..., Any], a: Operand, b: Operand
+) -> Tensor:
+    a, b = operands(name, a, b)
+    y = compute(name, function, a, b)
+    share = np.where(a.data == b.data, 0.5, 1.0).astype(y.dtype)
+    a_loses, b_loses = loses(a.data, b.data), loses(b.data, a.data)
+    return record(
+        name,
+        y,
+        (a, lambda g: (g * share).where(~a_loses, 0.0)),
+        (b, lambda g: (g * share).where(~b_loses, 0.0)),
+    )
 
 
 def clip(x: Tensor, low: float | None = None, high: float | None = None) -> Tensor:
@@ -227,4 +254,4 @@ def clip(x: Tensor, low: float | None = None, high: float | None = None) -> Tens
         inside &= x.data >= low
     if high is not None:
         inside &= x.data <= high
-    return record("clip", np.clip(x.data, low, high), (x, lambda g: g * inside))
+    return record("clip", np.clip(x.data, low, high), (x, lambda g: g.where(inside, 0.0)))

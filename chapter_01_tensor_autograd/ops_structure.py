@@ -17,7 +17,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from chapter_01_tensor_autograd.graph import Variable, record
-from chapter_01_tensor_autograd.ops_elementwise import operands, same
+from chapter_01_tensor_autograd.ops_elementwise import float_dtype, operands, same
 
 Tensor = Any  # engine.Tensor；这里不导入它，避免循环
 Dims = int | tuple[int, ...] | None
@@ -25,7 +25,7 @@ Dims = int | tuple[int, ...] | None
 
 def normalize_dims(name: str, x: Tensor, dim: Dims) -> tuple[int, ...]:
     """把 ``dim``（负数、元组或 ``None`` 表示全部）变成非负、不重复的元组。"""
-    dims = tuple(range(x.ndim)) if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
+    dims = tuple(range(x.ndim)) if dim is None else (dim,) if np.ndim(dim) == 0 else tuple(dim)
     if any(not -x.ndim <= d < x.ndim for d in dims):
         raise ValueError(f"{name}：dim={dim} 超出范围：形状 {x.shape} 只有 {x.ndim} 维")
     dims = tuple(d % x.ndim for d in dims)
@@ -38,7 +38,7 @@ def view(name: str, y: np.ndarray, x: Tensor, vjp: Any) -> Tensor:
     """与 ``record`` 相同，但结果可能与 ``x`` 共用内存，那时也共用版本号。"""
     out = record(name, y, (x, vjp))
     if np.may_share_memory(out.data, x.data):
-        out.storage, out.recorded_at = x.storage, x.storage.version
+        out.storage, out.recorded_at = x.storage, x.recorded_at
     return out
 
 
@@ -57,7 +57,7 @@ def reshape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def permute(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """重排各维；VJP 是逆排列。"""
-    if len(normalize_dims("permute", x, dims)) != x.ndim:
+    if len(dims) != x.ndim:
         raise ValueError(f"permute：{dims} 应是 0 到 {x.ndim - 1} 的一个排列：形状 {x.shape}")
     dims = normalize_dims("permute", x, dims)
     inverse = tuple(int(d) for d in np.argsort(dims))
@@ -76,7 +76,7 @@ def expand(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 def sum_to(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """广播的逆：把被复制出来的各份加回去，得到形状 ``shape``。"""
     extra = x.ndim - len(shape)
-    ones = tuple(d + extra for d, size in enumerate(shape) if size == 1 and x.shape[d + extra] > 1)
+    ones = tuple(d + extra for d, size in enumerate(shape) if size == 1 and x.shape[d + extra] != 1)
     y = x.data.sum(axis=(*range(extra), *ones), keepdims=True).reshape(shape)
     old = x.shape
     return record("sum_to", y, (x, lambda g: g.expand(old)))
@@ -87,6 +87,8 @@ def concat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     if not tensors:
         raise ValueError("concat：至少要一个张量")
     (dim,) = normalize_dims("concat", tensors[0], dim)
+    for x in tensors[1:]:
+        operands("concat", tensors[0], x)  # 都是张量，dtype 相同
     try:
         y = np.concatenate([x.data for x in tensors], axis=dim)
     except ValueError:
@@ -111,33 +113,45 @@ def pad(x: Tensor, widths: Sequence[tuple[int, int]]) -> Tensor:
 # ---------------------------------------------------------------- 下标
 
 
-def plain_index(index: Any) -> Any:
-    """下标里的张量换成数组，列表换成数组（复制，免得以后被改）。"""
-    if isinstance(index, tuple):
-        return tuple(plain_index(part) for part in index)
-    if isinstance(index, Variable):
-        return index.data.copy()
-    return np.array(index) if isinstance(index, list | np.ndarray) else index
+def plain_index(index: Any) -> tuple[Any, ...]:
+    """下标化为元组，其中整数、切片、``None``、``...`` 之外的（列表、张量）都复制成数组。"""
+    parts = index if isinstance(index, tuple) else (index,)
+    return tuple(_plain_part(part) for part in parts)
+
+
+def _plain_part(part: Any) -> Any:
+    if part is None or part is Ellipsis or isinstance(part, int | slice):
+        return part
+    if isinstance(part, np.integer):
+        return int(part)
+    array = np.asarray(part).copy()
+    return array if array.size else array.astype(bool if array.dtype == bool else int)
+
+
+def take(name: str, data: np.ndarray, index: tuple[Any, ...]) -> np.ndarray:
+    """``data[index]``；取出单个元素时也是 0 维的视图，而不是一个数。"""
+    try:
+        part = data[index]
+    except IndexError as error:
+        shown = index[0] if len(index) == 1 else index
+        raise IndexError(f"{name}：形状 {data.shape} 的张量没有下标 {shown!r}（{error}）") from None
+    return part if isinstance(part, np.ndarray) else data[(*index, ...)]
 
 
 def getitem(x: Tensor, index: Any) -> Tensor:
     """``x[index]``，下标同 NumPy；VJP 是放回原处，其余为 0。"""
     index, shape = plain_index(index), x.shape
-    try:
-        y = x.data[index]
-    except IndexError as error:
-        raise IndexError(f"getitem：形状 {shape} 的张量没有下标 {index!r}（{error}）") from None
+    y = take("getitem", x.data, index)
     return view("getitem", y, x, lambda g: scatter(g, index, shape))
 
 
-def scatter(g: Tensor, index: Any, shape: tuple[int, ...]) -> Tensor:
+def scatter(g: Tensor, index: tuple[Any, ...], shape: tuple[int, ...]) -> Tensor:
     """造一个 ``shape`` 的零张量，把 ``g`` 加到 ``index`` 处；同一处取过几次就加几次。"""
     y = np.zeros(shape, dtype=g.data.dtype)
-    parts = index if isinstance(index, tuple) else (index,)
-    if any(isinstance(part, np.ndarray) for part in parts):
+    if any(isinstance(part, np.ndarray) and part.dtype != bool for part in index):
         np.add.at(y, index, g.data)
     else:
-        y[index] = g.data  # 切片取出的位置互不相同
+        y[index] = g.data  # 切片与掩码取出的位置互不相同
     return record("scatter", y, (g, lambda gg: gg[index]))
 
 
@@ -173,7 +187,7 @@ def extremum(name: str, x: Tensor, dim: Dims, keepdim: bool) -> Tensor:
     if math.prod(shape[d] for d in dims) == 0:
         raise ValueError(f"{name}：形状 {shape} 沿 {dims} 没有元素，最值没有定义")
     y = (np.max if name == "max" else np.min)(x.data, axis=dims, keepdims=True)
-    share = (x.data == y).astype(x.data.dtype)
+    share = (x.data == y).astype(float_dtype(x))
     share /= share.sum(axis=dims, keepdims=True)
     y = y if keepdim else y.squeeze(dims)
     return record(name, y, (x, lambda g: _restored(g, dims, shape) * share))
@@ -182,7 +196,7 @@ def extremum(name: str, x: Tensor, dim: Dims, keepdim: bool) -> Tensor:
 def logsumexp(x: Tensor, dim: Dims = None, keepdim: bool = False) -> Tensor:
     """``y = ln Σ eˣ``，先减去最大值，因此不溢出；``∂y/∂x = e^{x−y}`` 正是 softmax。"""
     dims, shape = normalize_dims("logsumexp", x, dim), x.shape
-    top = x.data.max(axis=dims, keepdims=True)
+    top = x.data.max(axis=dims, keepdims=True) if x.data.size else 0.0
     top = np.where(np.isfinite(top), top, 0)  # 全是 -inf 时，-inf - (-inf) 没有意义
     y = np.log(np.exp(x.data - top).sum(axis=dims, keepdims=True)) + top
     y = y if keepdim else y.squeeze(dims)
@@ -196,7 +210,7 @@ def logsumexp(x: Tensor, dim: Dims = None, keepdim: bool = False) -> Tensor:
 def softmax(x: Tensor, dim: int) -> Tensor:
     """``y_i = e^{x_i} / Σ_j e^{x_j}``；VJP 为 ``y ⊙ (g − Σ_i g_i y_i)``，不必造出雅可比矩阵。"""
     (dim,) = normalize_dims("softmax", x, dim)
-    y = np.exp(x.data - x.data.max(axis=dim, keepdims=True))
+    y = np.exp(x.data - (x.data.max(axis=dim, keepdims=True) if x.data.size else 0.0))
     y /= y.sum(axis=dim, keepdims=True)
     return record(
         "softmax", y, (x, lambda g, y: y * (g - (g * y).sum(dim, True))), save_output=True
@@ -235,6 +249,8 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 def windows(x: Tensor, kernel: tuple[int, int], stride: int, dilation: int) -> Tensor:
     """滑窗 ``(B, C, H, W) -> (B, C, OH, OW, KH, KW)``：只改步幅的只读视图，一个数也不复制。"""
     reach = tuple(dilation * (k - 1) + 1 for k in kernel)
+    if min(stride, dilation) < 1:
+        raise ValueError(f"windows：步幅 {stride} 与膨胀 {dilation} 应为正整数")
     if x.ndim != 4 or x.shape[2] < reach[0] or x.shape[3] < reach[1]:
         raise ValueError(f"windows：形状 {x.shape} 应为四维，且不小于窗口 {reach}")
     y = sliding_window_view(x.data, reach, axis=(2, 3))

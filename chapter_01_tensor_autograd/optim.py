@@ -1,7 +1,7 @@
 """引擎上的优化器：``SGD``（可带动量）与 ``Adam``，逐步等于 ``torch.optim`` 的同名者。
 
 本文件教什么：优化器只是拿着参数与它们的 ``grad`` 做一次更新。参数是叶子，更新要放在 ``no_grad``
-里，并且原地进行；中间结果写进预先分配的缓冲，不反复申请内存。各种优化器的道理在第 3 章。
+里，并且原地进行；更新量写进预先分配的缓冲。各种优化器的道理在第 3 章。
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ class Optimizer:
     """公共部分：清零与更新；子类写出一个参数的更新量。"""
 
     def __init__(self, parameters: Iterable[Tensor], lr: float) -> None:
-        self.parameters, self.lr, self.steps = list(parameters), lr, 0
+        self.parameters, self.lr = list(parameters), lr
+        if not self.parameters or not lr >= 0:
+            raise ValueError(
+                f"优化器要有至少一个参数，学习率不为负：{len(self.parameters)} 个，{lr}"
+            )
         # 每个参数一块与它同形的缓冲，装更新量
         self.buffers = [np.empty_like(p.numpy()) for p in self.parameters]
 
@@ -30,7 +34,6 @@ class Optimizer:
     @no_grad()
     def step(self) -> None:
         """``p ← p − 更新量``；没有梯度的参数不动。"""
-        self.steps += 1
         for index, p in enumerate(self.parameters):
             if p.grad is not None:
                 p.sub_(self.update(index, p.grad.numpy(), self.buffers[index]))
@@ -79,17 +82,19 @@ class Adam(Optimizer):
         self.betas, self.eps = betas, eps
         self.first = [np.zeros_like(p.numpy()) for p in self.parameters]
         self.second = [np.zeros_like(p.numpy()) for p in self.parameters]
+        self.steps = [0] * len(self.parameters)  # 没有梯度的一步，不算它的一步
 
     def update(self, index: int, grad: np.ndarray, out: np.ndarray) -> np.ndarray:
         """``η m̂/(√v̂ + ε)``。"""
         beta1, beta2 = self.betas
         m, v = self.first[index], self.second[index]
+        self.steps[index] += 1
         m += (1 - beta1) * (grad - m)
         v *= beta2
         v += np.multiply(grad, (1 - beta2) * grad, out=out)
         np.sqrt(v, out=out)
-        out /= math.sqrt(1 - beta2**self.steps)
+        out /= math.sqrt(1 - beta2 ** self.steps[index])
         out += self.eps
         np.divide(m, out, out=out)
-        out *= self.lr / (1 - beta1**self.steps)
+        out *= self.lr / (1 - beta1 ** self.steps[index])
         return out

@@ -93,3 +93,18 @@ class ClosureValue(Value):
                 right.grad += d_right * self.grad
 
         self.propagate = propagate
+
+    def backward(self) -> None:
+        """排出拓扑序，再倒着挨个调用闭包。"""
+        order, visited, stack = [], set(), [(self, False)]
+        while stack:
+            node, finished = stack.pop()
+            if finished:  # 父结点都已排好
+                order.append(node)
+            elif node not in visited:
+                visited.add(node)
+                stack.append((node, True))
+                stack.extend((p, False) for p in (node.left, node.right) if p is not None)
+        self.grad = 1.0
+        for node in reversed(order):
+            node.propagate()

@@ -19,6 +19,7 @@ from chapter_01_tensor_autograd.graph import record, topological_order
 from chapter_01_tensor_autograd.graph_viz import draw_graphs, mermaid, trace
 from chapter_01_tensor_autograd.scalar_mlp import ScalarMLP, hinge_step
 from utils import make_generator
+from utils.model_summary import display_width
 from utils.synth_points import two_moons
 from utils.timer import seconds_of
 from utils.topics import Check, Outcome, Topic
@@ -44,9 +45,10 @@ def topic_tensors(seed: int, smoke: bool) -> Outcome:
     print("  操作                   形状      步幅     起点  共用内存  连续")
     for name, y in views.items():
         shared = y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+        memory = "是" if shared else "否（复制）"
         print(
             f"  {name:22s} {str(tuple(y.shape)):9s} {str(y.stride()):8s} {y.storage_offset():4d}"
-            f"  {'是' if shared else '否（复制）':8s}  {'是' if y.is_contiguous() else '否'}"
+            f"  {memory}{' ' * (10 - display_width(memory))}{'是' if y.is_contiguous() else '否'}"
         )
         if shared:  # 只凭形状、步幅与起点，从一条数里读出同样的元素
             ours = tensor_ops.strided_index(storage, y.shape, y.stride(), y.storage_offset())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -25,6 +26,7 @@ from chapter_01_tensor_autograd.custom_function import (
 )
 from utils import make_generator, set_seed
 from utils.memory import TensorMemory
+from utils.model_summary import display_width
 from utils.synth_points import two_moons
 from utils.timer import seconds_of
 from utils.topics import Check, Outcome, Topic
@@ -58,7 +60,7 @@ def topic_leaf(seed: int, smoke: bool) -> Outcome:
         history = type(t.grad_fn).__name__ if t.grad_fn is not None else "—"
         kept = t.is_leaf or t.retains_grad  # 没有留梯度的中间结果，读 grad 会警告
         value = "—" if not kept or t.grad is None else str(t.grad.tolist())
-        pad = " " * (24 - sum(2 if ord(c) > 0x2E80 else 1 for c in name))
+        pad = " " * (24 - display_width(name))
         flags = ["是" if flag else "否" for flag in (t.is_leaf, t.requires_grad)]
         print(f"  {name}{pad} {flags[0]}    {flags[1]}        {history:15s}  {value}")
     print(f"  y 上的钩子收到的梯度之和 {seen[0]:.0f}；dz/dx = 18x = {(18 * x).tolist()}")
@@ -90,9 +92,9 @@ def _in_place(lib: Callable[[list[float]], object], cured: bool) -> None:
 
 def _leaf_in_place(lib: Callable[[list[float]], object], cured: bool) -> None:
     x = lib([1.0, 2.0])
-    if cured:
-        x = x.detach()
-    x.add_(1.0)
+    no_grad = engine.no_grad if isinstance(x, engine.Tensor) else torch.no_grad
+    with no_grad() if cured else nullcontext():
+        x.add_(1.0)
 
 
 def _non_scalar(lib: Callable[[list[float]], object], cured: bool) -> None:
@@ -124,12 +126,18 @@ def _integer(lib: Callable[[list[float]], object], cured: bool) -> None:
 ERRORS = {
     "第二次反向": (_double_backward, "第一次写 retain_graph=True，或重做前向"),
     "保存之后原地修改": (_in_place, "改用 y = y + 1"),
-    "原地修改叶子": (_leaf_in_place, "放进 no_grad，或先 detach"),
+    "原地修改叶子": (_leaf_in_place, "放进 no_grad"),
     "输出不是标量": (_non_scalar, "先 sum() 或 mean()，或给出上游梯度"),
     "图断了": (_detached, "去掉 detach、.item()、NumPy 往返"),
     "中间结果没有 grad": (_none_grad, "反向之前 y.retain_grad()"),
     "对整数求导": (_integer, "换成浮点数"),
 }
+
+
+def _first_words(message: str, limit: int = 110) -> str:
+    """一行之内放得下的开头，在空格处截断。"""
+    message = " ".join(message.split())
+    return message if len(message) <= limit else message[:limit].rsplit(" ", 1)[0] + " …"
 
 
 def topic_errors(seed: int, smoke: bool) -> Outcome:
@@ -146,7 +154,7 @@ def topic_errors(seed: int, smoke: bool) -> Outcome:
                 scenario(make, False)
             except (RuntimeError, ValueError, TypeError) as error:
                 raised += 1
-                print(f"    {library}：{' '.join(str(error).split())[:110]}")
+                print(f"    {library}：{_first_words(str(error))}")
             scenario(make, True)
             cured += 1
     total = len(ERRORS) * len(libraries)
@@ -231,7 +239,7 @@ def binary_training(seed: int, steps: int) -> dict[str, list[float]]:
 # ---------------------------------------------------------------- 激活检查点
 
 
-def residual_layers(count: int, width: int) -> list[nn.Module]:
+def make_layers(count: int, width: int) -> list[nn.Module]:
     """``count`` 个 Linear-GELU-Dropout 层。"""
     return [
         nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Dropout(0.1)) for _ in range(count)
@@ -266,7 +274,7 @@ def topic_checkpoint(seed: int, smoke: bool) -> Outcome:
     """分成几段最省内存？要多花多少时间？梯度还一样吗？"""
     count, width, batch = (8, 16, 8) if smoke else (64, 256, 256)
     set_seed(seed)
-    layers = residual_layers(count, width)
+    layers = make_layers(count, width)
     generator = make_generator(seed)
     x = torch.randn(batch, width, generator=generator).requires_grad_()
     splits = [2**k for k in range(count.bit_length())]

@@ -130,6 +130,10 @@ def try_unused_parameter(bucket_bytes: int, unused_last: bool) -> str:
     return message_of(reducer.finish)
 
 
+def mixed_parameters() -> list[nn.Parameter]:
+    return [nn.Parameter(torch.ones(2, dtype=dtype)) for dtype in (torch.float32, torch.float64)]
+
+
 def try_misuse() -> tuple[str, float]:
     """两次反向之间没有 finish：应报错；此后（以及少了梯度的一步之后）仍能照常使用。"""
     x, y = make_batch(11, torch.float64)
@@ -164,6 +168,7 @@ def everything() -> dict[str, Any]:
     return {
         "processes": dist.get_world_size(),
         "ring": try_ring(),
+        "dtypes": gather(message_of(lambda: BucketedReducer(mixed_parameters(), 100))),
         "strided": gather(message_of(lambda: ring_all_reduce(torch.ones(4, 6)[:, ::2]))),
         "reducer": [try_reducer(*case) for case in cases],
         # 头一次用官方的 DDP 要多花一秒导入，只在两个进程时做
@@ -194,6 +199,8 @@ def test_ring_equals_official(found: dict[str, Any]) -> None:
         first, official = row["ours"][0], row["official"]
         assert first.shape == shape and first.dtype == dtype
         assert all(torch.equal(each, first) for each in row["ours"])  # 各进程逐位相同
+        if found["processes"] == 2:  # 两个数相加，次序无关
+            assert torch.equal(first, official)
         torch.testing.assert_close(first, official, rtol=0, atol=300 * tolerance[dtype])
         if first.numel() > 3:
             assert first.count_nonzero() > 0
@@ -214,6 +221,7 @@ def test_ring_sends_exactly_the_chunks(found: dict[str, Any]) -> None:
 
 def test_ring_refuses_non_contiguous(found: dict[str, Any]) -> None:
     message = "ValueError: ring_all_reduce：形状 (4, 3) 的张量应是连续的"
+    assert all("dtype 应全部相同" in text for text in found["dtypes"])
     assert found["strided"] == [message] * found["processes"]
 
 

@@ -309,6 +309,29 @@ def test_hooks_notice_an_input_changed_before_backward() -> None:
         torch.autograd.grad(y.sum(), x)
 
 
+def test_checkpoint_refuses_second_derivatives() -> None:
+    x = normal(3).requires_grad_()
+    loss = (checkpoint(lambda v: v**3, x) + x**2).sum()
+    with pytest.raises(RuntimeError, match="不支持二阶导数"):
+        loss.backward(create_graph=True)  # 若放行，x³ 的那一份就悄悄丢了
+
+
+def test_hooks_notice_a_segment_that_cannot_be_repeated() -> None:
+    x = normal(3).requires_grad_()
+    y = checkpoint_by_hooks(lambda v: v.sigmoid().mul_(2.0), x)
+    with pytest.raises(RuntimeError, match="段内保存的张量又被原地修改"):
+        y.sum().backward()
+    calls: list[int] = []
+
+    def fickle(v: Tensor) -> Tensor:
+        calls.append(1)
+        return v.exp().sin() if len(calls) == 1 else v.exp()
+
+    z = checkpoint_by_hooks(fickle, x)
+    with pytest.raises(RuntimeError, match="存了 2 个，重算 1 个"):
+        z.sum().backward()
+
+
 def test_hooks_survive_a_partial_backward() -> None:
     segment = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     x = normal(5, 3).requires_grad_()

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
-from chapter_01_tensor_autograd.data_parallel import gradients, make_model, parse_args, relative
+from chapter_01_tensor_autograd.data_parallel import (
+    gradients,
+    main,
+    make_model,
+    parse_args,
+    relative,
+)
+from utils.cli import UserError
 
 
 @pytest.mark.parametrize(
@@ -27,6 +36,11 @@ def test_bad_arguments_are_one_line(
     assert stopped.value.code == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith("错误：") and message in err
+
+
+def test_batch_larger_than_the_training_set(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--batch-size 20000 超过了训练集的 \d+ 张"):
+        main(["--batch-size", "20000", "--out-dir", str(tmp_path)])
 
 
 def test_one_sample_per_process_is_enough() -> None:

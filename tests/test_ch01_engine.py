@@ -406,7 +406,7 @@ def test_a_stale_view_cannot_be_used() -> None:
     y = x * 2.0
     view = y[:2]
     y.mul_(3.0)
-    with pytest.raises(RuntimeError, match=r"getitem.*请先 clone"):
+    with pytest.raises(RuntimeError, match=r"由 getitem 得到.*先 clone"):
         view.sum()  # 再求导只会得到悄悄错了的梯度
     y.sum().backward()
     assert x.grad.numpy().tolist() == [6.0] * 4

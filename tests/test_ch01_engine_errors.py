@@ -10,6 +10,7 @@ import pytest
 
 from chapter_01_tensor_autograd import functional as F
 from chapter_01_tensor_autograd.engine import Tensor, grad, no_grad
+from chapter_01_tensor_autograd.optim import SGD, Adam
 
 
 def ones(*shape: int, dtype: type = np.float64) -> Tensor:
@@ -56,6 +57,12 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: A @ SINGLE.T, TypeError, "matmul：dtype 不同"),
     (lambda: A * "2", TypeError, "mul：操作数应为 Tensor、实数或实数数组，实为 str"),
     (lambda: None - A, TypeError, "sub：操作数应为.*实为 NoneType"),
+    (lambda: Tensor([1, 2]) + 0.5, TypeError, r"add：dtype 不同，int64 \(2,\) 与 float64 \(\)"),
+    (lambda: np.array([0.5]) * Tensor([True]), TypeError, "mul：dtype 不同，bool.*与 float64"),
+    (lambda: ones(4) == A, ValueError, r"==：形状 \(4,\) 与 \(2, 3\) 不能广播"),
+    (lambda: grad([A.sum()], A), TypeError, "grad：output 应为一个张量，实为 list"),
+    (lambda: SGD([A], -1.0), ValueError, "学习率不为负：1 个，-1.0"),
+    (lambda: Adam([], 0.1), ValueError, "至少一个参数"),
     (lambda: A * 1j, TypeError, "mul：操作数应为.*实为 complex"),
     (lambda: A + np.array(["x"]), TypeError, "add：操作数应为"),
     (lambda: Tensor(["x"]), TypeError, "Tensor：dtype 应为实数或布尔"),
@@ -108,7 +115,17 @@ def test_arrays_and_numbers_on_either_side() -> None:
     assert wide.dtype == np.float64 and Tensor([1, 2]).mean().item() == 1.5
     assert (2.0**x).numpy().tolist() == [2.0, 4.0]
     assert (np.ones((3, 2)) @ x).numpy().tolist() == [3.0] * 3
+    whole = Tensor([1, 2])
+    assert (whole + True).dtype == (2 * whole).dtype == whole.zero_().dtype == np.int64
+    assert x.sum(np.int64(0)).item() == 3.0
+
+
+def test_comparisons_are_elementwise() -> None:
+    x = Tensor([1.0, 2.0])
     assert (x > 1.5).tolist() == [False, True] and bool((x <= 2.0).all())
+    assert (x == 1).tolist() == (x != Tensor([2.0, 2.0])).tolist() == [True, False]
+    assert x.where(x == 2.0, 0.0).numpy().tolist() == [0.0, 2.0]
+    assert {x: "x"}[x] == "x" and Tensor([1.0, 2.0]) not in {x}  # 作键时认对象本身
 
 
 def test_repr_and_iteration() -> None:

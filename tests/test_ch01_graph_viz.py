@@ -255,10 +255,11 @@ def test_draw_graphs(tmp_path: Path) -> None:
         written = [text.get_text().replace("\n", " ") for text in axes.texts]
         assert all(label in written for label in graph.labels)
         points, _ = layout(graph)
-        for box, (x, y), leaf in zip(boxes, points, graph.is_leaf, strict=True):
+        colors = [PALETTE[4 if leaf else 5] for leaf in graph.is_leaf[:-1]] + ["#E0E0E0"]
+        for box, (x, y), color in zip(boxes, points, colors, strict=True):
             assert box.get_x() + HALF == pytest.approx(x)
             assert box.get_y() + box.get_height() / 2 == pytest.approx(y)
-            assert to_hex(box.get_facecolor()).upper() == PALETTE[4 if leaf else 5]
+            assert to_hex(box.get_facecolor()).upper() == color
         (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
         assert all(left < x < right and bottom < y < top for x, y in points)
     path = save_figure(figure, tmp_path / "graphs.png")

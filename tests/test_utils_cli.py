@@ -233,6 +233,12 @@ def test_programming_error_keeps_its_traceback_in_a_real_process() -> None:
     assert done.stderr.startswith("Traceback") and "ZeroDivisionError" in done.stderr
 
 
+def test_chinese_survives_a_redirected_foreign_code_page() -> None:
+    code = PRELUDE + "run_main(lambda: print('学会了 → ─'))"
+    done = run_python("-c", code, cwd=REPO_ROOT, env={"PYTHONIOENCODING": "cp1252"})
+    assert done.returncode == 0 and done.stdout == "学会了 → ─\n"
+
+
 def start(code: str) -> subprocess.Popen[str]:
     """启动 ``python -c``，接住它的输出；标准输出照常有缓冲。"""
     return subprocess.Popen(

@@ -141,15 +141,27 @@ def test_launch_joins_the_group_and_leaves_it(one_process: None) -> None:
     assert not dist.is_initialized()
 
 
-def test_group_is_destroyed_even_if_the_worker_raises(one_process: None) -> None:
+def test_an_error_is_not_masked_by_tearing_down(one_process: None) -> None:
     def fail() -> None:
         assert dist.is_initialized()
         raise KeyError("坏了")
 
     with pytest.raises(KeyError, match="坏了"):
         launch(fail, 1)
-    assert not dist.is_initialized()
+    dist.destroy_process_group()  # 出错时不拆组，随进程一起结束
+    with pytest.raises(Exception, match="nonsense"):  # 建组就失败了，也没有组可拆
+        launch(dist.get_world_size, 1, backend="nonsense")
     assert launch(dist.get_world_size, 1) == 1  # 可以再来一次
+
+
+def complain() -> None:
+    raise UserError("批太大：至多 12000")
+
+
+def test_user_error_stays_a_user_error(temporary: Path) -> None:
+    with pytest.raises(UserError, match=r"^批太大：至多 12000$"):
+        launch(complain, 2)
+    assert multiprocessing.active_children() == []
 
 
 SCRIPT = """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import math
 import os
 import re
@@ -212,6 +213,9 @@ def _print_error(message: str) -> None:
 
 def run_main(main: Callable[[], Any]) -> NoReturn:
     """运行入口函数并退出：0 成功，2 用户错误（一行中文），130 被 Ctrl-C 中断，141 管道断开。"""
+    for stream in (sys.stdout, sys.stderr):  # Windows 上重定向到文件时，缺省的编码未必有汉字
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8")
     try:
         main()
     except UserError as error:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing import ProcessExitedException
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from utils.cli import EXIT_INTERRUPTED, UserError
 
@@ -44,15 +44,14 @@ def launch(
         backend: ``gloo``（CPU）或 ``nccl``（GPU）。
 
     异常:
-        UserError: 这个 PyTorch 没有编入 ``torch.distributed``。
+        UserError: 这个 PyTorch 没有编入 ``torch.distributed``；或 ``worker`` 抛出了 ``UserError``。
     """
     if not dist.is_available():
         raise UserError("这个 PyTorch 没有编入 torch.distributed，无法多进程运行")
     if launched_by_torchrun():
-        try:
-            return _join(worker, args, backend)
-        finally:
-            dist.destroy_process_group()
+        result = _join(worker, args, backend)
+        dist.destroy_process_group()
+        return result
     with tempfile.TemporaryDirectory() as folder:
         arguments = (Path(folder), processes, worker, args, backend)
         context = torch.multiprocessing.start_processes(
@@ -61,6 +60,11 @@ def launch(
         try:
             while not context.join():
                 pass
+        except ProcessRaisedException:
+            message = Path(folder) / "error"
+            if message.exists():  # 用户的错误，不必给出各进程的调用栈
+                raise UserError(message.read_text(encoding="utf-8")) from None
+            raise
         except ProcessExitedException as error:
             if error.exit_code == EXIT_INTERRUPTED:  # 子进程先收到了 Ctrl-C
                 raise KeyboardInterrupt from None
@@ -78,7 +82,11 @@ def _child(
     # Ctrl-C 或父进程消失时（PyTorch 会送来同样的信号）悄悄退出，由父进程报告
     signal.signal(signal.SIGINT, lambda *_: os._exit(EXIT_INTERRUPTED))
     store = dist.FileStore(str(folder / "store"), processes)
-    result = _join(worker, args, backend, store=store, rank=rank, world_size=processes)
+    try:
+        result = _join(worker, args, backend, store=store, rank=rank, world_size=processes)
+    except UserError as error:
+        (folder / "error").write_text(str(error), encoding="utf-8")
+        raise
     # 出错时不拆组：否则别的进程会抢先报告“连接断开”，真正的原因反而看不到
     dist.destroy_process_group()
     if rank == 0:

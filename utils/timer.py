@@ -153,7 +153,12 @@ def run_isolated(function: Callable[..., R], *args: Any, threads: int = 1) -> R:
     try:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-            return pool.submit(_with_threads, threads, function, args).result()
+            try:
+                return pool.submit(_with_threads, threads, function, args).result()
+            except KeyboardInterrupt:  # 不等它做完
+                for process in multiprocessing.active_children():
+                    process.terminate()
+                raise
     finally:
         for name, value in previous.items():
             if value is None:
