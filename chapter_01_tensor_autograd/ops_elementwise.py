@@ -120,11 +120,11 @@ def power(a: Operand, b: Operand) -> Tensor:
 
     def base(g: Tensor) -> Tensor:
         lowered = a.where(~no_slope, 1.0) ** (b - 1)  # b = 0 处换成 1，免得 0⁻¹ = inf
-        return (g * b * lowered).where(~no_slope, 0.0)
+        return masked(g * b * lowered, ~no_slope)
 
     def exponent(g: Tensor) -> Tensor:
         positive = a.where(~no_base, 1.0)
-        return (g * a**b * positive.log()).where(~no_base, 0.0)
+        return masked(g * a**b * positive.log(), ~no_base)
 
     return record("pow", y, (a, base), (b, exponent))
 
@@ -133,7 +133,7 @@ def _power_constant(a: Tensor, b: float) -> Tensor:
     y = np.multiply(a.data, a.data) if b == 2 else np.power(a.data, b)
 
     def base(g: Tensor) -> Tensor:
-        return g.where(np.False_, 0.0) if b == 0 else g * a ** (b - 1) * b
+        return masked(g, np.False_) if b == 0 else g * a ** (b - 1) * b
 
     return record("pow", y, (a, base))
 
@@ -195,6 +195,19 @@ def erf(x: Tensor) -> Tensor:
 # ---------------------------------------------------------------- 分段的函数
 
 
+def masked(g: Tensor, mask: np.ndarray) -> Tensor:
+    """``mask`` 为真处不变，其余为 0；下面各个分段函数的 VJP。
+
+    乘以掩码比逐个挑选快几倍，只有 ``inf × 0 = nan`` 时不对：``relu(x).sqrt()`` 在 ``x < 0`` 处的
+    ``g`` 就是无穷大。
+    """
+    with np.errstate(invalid="ignore"):
+        y = g.data * mask
+    if not np.isfinite(y).all():
+        y = np.where(mask, g.data, 0)
+    return record("masked", y, (g, lambda gg: masked(gg, mask)))
+
+
 def where(condition: Any, a: Operand, b: Operand) -> Tensor:
     """``condition`` 为真处取 ``a``，否则取 ``b``；梯度也照此分流。"""
     mask = condition.data.copy() if isinstance(condition, Variable) else np.asarray(condition)
@@ -202,16 +215,13 @@ def where(condition: Any, a: Operand, b: Operand) -> Tensor:
         raise TypeError(f"where：条件应为布尔数组，实为 {mask.dtype} {mask.shape}")
     a, b = operands("where", a, b)
     y = compute("where", lambda p, q: np.where(mask, p, q), a, b)
-    return record("where", y, (a, lambda g: g.where(mask, 0.0)), (b, lambda g: g.where(~mask, 0.0)))
+    return record("where", y, (a, lambda g: masked(g, mask)), (b, lambda g: masked(g, ~mask)))
 
 
 def relu(x: Tensor) -> Tensor:
-    """``y = max(0, x)``，``y′ = 1[x > 0]``。
-
-    没有取到的一支，梯度是 0 而不是 ``g × 0``：``relu(x).sqrt()`` 里 ``g`` 可能是无穷大。
-    """
-    blocked = x.data <= 0  # 不写 > 0：nan 的梯度照传，不悄悄变成 0
-    return record("relu", np.maximum(x.data, 0), (x, lambda g: g.where(~blocked, 0.0)))
+    """``y = max(0, x)``，``y′ = 1[x > 0]``。"""
+    passes = ~(x.data <= 0)  # 不写 > 0：nan 的梯度照传，不悄悄变成 0
+    return record("relu", np.maximum(x.data, 0), (x, lambda g: masked(g, passes)))
 
 
 def absolute(x: Tensor) -> Tensor:
@@ -236,12 +246,12 @@ def _extremum(
     a, b = operands(name, a, b)
     y = compute(name, function, a, b)
     share = np.where(a.data == b.data, 0.5, 1.0).astype(y.dtype)
-    a_loses, b_loses = loses(a.data, b.data), loses(b.data, a.data)
+    a_stays, b_stays = ~loses(a.data, b.data), ~loses(b.data, a.data)
     return record(
         name,
         y,
-        (a, lambda g: (g * share).where(~a_loses, 0.0)),
-        (b, lambda g: (g * share).where(~b_loses, 0.0)),
+        (a, lambda g: masked(g * share, a_stays)),
+        (b, lambda g: masked(g * share, b_stays)),
     )
 
 
@@ -254,4 +264,4 @@ def clip(x: Tensor, low: float | None = None, high: float | None = None) -> Tens
         inside &= x.data >= low
     if high is not None:
         inside &= x.data <= high
-    return record("clip", np.clip(x.data, low, high), (x, lambda g: g.where(inside, 0.0)))
+    return record("clip", np.clip(x.data, low, high), (x, lambda g: masked(g, inside)))

@@ -309,6 +309,7 @@ def test_hooks_notice_an_input_changed_before_backward() -> None:
         torch.autograd.grad(y.sum(), x)
 
 
+@pytest.mark.filterwarnings("ignore:Using backward")
 def test_checkpoint_refuses_second_derivatives() -> None:
     x = normal(3).requires_grad_()
     loss = (checkpoint(lambda v: v**3, x) + x**2).sum()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from chapter_01_tensor_autograd import scalar_engine, scalar_mlp
+from chapter_01_tensor_autograd import benchmark, scalar_engine, scalar_mlp
 from chapter_01_tensor_autograd.scalar_engine import Value
 from chapter_01_tensor_autograd.scalar_mlp import ClosureValue, ScalarMLP, hinge_step
 from utils import make_generator
@@ -129,6 +129,12 @@ def test_only_closures_leave_cycles(node: type[Value], monkeypatch: pytest.Monke
         assert count_nodes() == before
     finally:
         gc.enable()
+
+
+def test_benchmark_refuses_a_chain_too_short_to_weigh(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.parse_args(["--chain", "7"])
+    assert "--chain 7 太短，量不出内存：至少 10000" in capsys.readouterr().err
 
 
 def test_closures_train_the_same_network(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,6 +141,7 @@ def test_launch_joins_the_group_and_leaves_it(one_process: None) -> None:
     assert not dist.is_initialized()
 
 
+@pytest.mark.filterwarnings("ignore:Device capability")
 def test_an_error_is_not_masked_by_tearing_down(one_process: None) -> None:
     def fail() -> None:
         assert dist.is_initialized()
