@@ -1,7 +1,8 @@
 """``Tensor``：NumPy 数组上的自动微分，用法与 PyTorch 相同。
 
-本文件教什么：把计算图（graph.py）与算子（ops_*.py）装成一个好用的类：运算符、方法、原地修改的规矩。
-激活、损失、卷积等由这些算子组合而成，在 functional.py。对应 README 的「Tensor 的用法」一节。
+本文件教什么：把计算图（graph.py）与算子（ops_*.py）装成一个好用的类：求导的接口，原地修改的规矩。
+运算符与方法在 methods.py；激活、损失、卷积等由这些算子组合而成，在 functional.py。
+对应 README 的「Tensor 的用法」一节。
 
     from chapter_01_tensor_autograd.engine import Tensor, no_grad, grad
 
@@ -11,8 +12,8 @@
     print(x.grad)
 
 与 PyTorch 的差别：不同 dtype 的张量不能直接运算（没有隐式提升）；``max``、``min`` 的并列者平分梯度
-（同 ``torch.amax``）；视图被原地修改之后，共用内存的其他中间结果再参与运算会报错（PyTorch 则改写
-它们的来历）。
+（同 ``torch.amax``）；通过一个视图原地写入之后，共用内存的其他张量再参与运算会报错（PyTorch 则
+改写它们的来历）。
 """
 
 from __future__ import annotations

@@ -42,13 +42,13 @@ def topic_tensors(seed: int, smoke: bool) -> Outcome:
         "x.T.reshape(2, 6)": x.T.reshape(2, 6),
     }
     print(f"  x 的 dtype {x.dtype}，设备 {x.device}，每个元素 {x.element_size()} 字节")
-    print("  操作                   形状      步幅     起点  共用内存  连续")
+    print("  操作                   形状      步幅     起点  共用内存    连续")
     for name, y in views.items():
         shared = y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
         memory = "是" if shared else "否（复制）"
         print(
             f"  {name:22s} {str(tuple(y.shape)):9s} {str(y.stride()):8s} {y.storage_offset():4d}"
-            f"  {memory}{' ' * (10 - display_width(memory))}{'是' if y.is_contiguous() else '否'}"
+            f"  {memory}{' ' * (12 - display_width(memory))}{'是' if y.is_contiguous() else '否'}"
         )
         if shared:  # 只凭形状、步幅与起点，从一条数里读出同样的元素
             ours = tensor_ops.strided_index(storage, y.shape, y.stride(), y.storage_offset())
