@@ -36,7 +36,8 @@ from chapter_01_tensor_autograd.graph import (
     record,
     seed_for,
 )
-from chapter_01_tensor_autograd.methods import Operand, Operators
+from chapter_01_tensor_autograd.methods import Operators
+from chapter_01_tensor_autograd.ops_elementwise import Operand
 
 __all__ = ["Tensor", "as_tensor", "grad", "grad_mode", "no_grad"]
 
@@ -80,16 +81,6 @@ class Tensor(Operators):
     # ------------------------------------------------------------ 属性
 
     is_leaf = property(lambda self: self.grad_fn is None, doc="是否叶子：没有来历的张量。")
-
-    @property
-    def T(self) -> Tensor:
-        """全部维倒序；二维就是转置。"""
-        return self.permute(*reversed(range(self.ndim)))
-
-    @property
-    def mT(self) -> Tensor:
-        """最后两维互换。"""
-        return self.transpose(-1, -2)
 
     def numpy(self) -> np.ndarray:
         """底下的数组，共用内存；梯度不会穿过它，改动它引擎也不知道。"""

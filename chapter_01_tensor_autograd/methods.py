@@ -15,10 +15,10 @@ import numpy as np
 from chapter_01_tensor_autograd import ops_elementwise as elementwise
 from chapter_01_tensor_autograd import ops_structure as structure
 from chapter_01_tensor_autograd.graph import Variable, record
+from chapter_01_tensor_autograd.ops_elementwise import Operand
+from chapter_01_tensor_autograd.ops_structure import Dims
 
 Tensor = Any  # engine.Tensor；这里不导入它，避免循环
-Dims = int | tuple[int, ...] | None
-Operand = Any  # Tensor、Python 数或数组
 
 
 def _comparison(sign: str, function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
@@ -122,6 +122,16 @@ class Operators(Variable):
         order = list(range(self.ndim))
         order[dim0], order[dim1] = dim1, dim0
         return self.permute(*order)
+
+    @property
+    def T(self) -> Tensor:
+        """全部维倒序；二维就是转置。"""
+        return self.permute(*reversed(range(self.ndim)))
+
+    @property
+    def mT(self) -> Tensor:
+        """最后两维互换。"""
+        return self.transpose(-1, -2)
 
     def flatten(self, start: int = 0) -> Tensor:
         """从第 ``start`` 维起压成一维；标量成为一个元素。"""

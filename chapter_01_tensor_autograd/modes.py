@@ -187,12 +187,22 @@ def jacobian_by_rows(f: Function, x: np.ndarray) -> np.ndarray:
     """反向模式逐行：一次前向，m 次反向，每次给出 ``J`` 的一行。"""
     leaf = Tensor(x, requires_grad=True)
     y = f(leaf)
+    _require_vectors(x, y)
     return np.stack([_pull_back(y, leaf, u) for u in np.eye(y.shape[0])])
 
 
 def jacobian_by_columns(f: Function, x: np.ndarray) -> np.ndarray:
     """前向模式逐列：n 次前向，每次给出 ``J`` 的一列。"""
-    return np.stack([jvp(f, x, v)[1] for v in np.eye(x.shape[0], dtype=x.dtype)], axis=1)
+    _require_vectors(x)
+    columns = [jvp(f, x, v)[1] for v in np.eye(x.shape[0], dtype=x.dtype)]
+    _require_vectors(*columns)
+    return np.stack(columns, axis=1)
+
+
+def _require_vectors(*arrays: np.ndarray | Tensor) -> None:
+    for array in arrays:
+        if array.ndim != 1:
+            raise ValueError(f"雅可比矩阵：输入与输出应为一维，实为形状 {array.shape}")
 
 
 # ---------------------------------------------------------------- 二阶

@@ -76,21 +76,13 @@ class ClosureValue(Value):
 
     __slots__ = ("propagate",)
 
-    def __init__(
-        self,
-        data: Number,
-        left: Value | None = None,
-        d_left: Number = 0.0,
-        right: Value | None = None,
-        d_right: Number = 0.0,
-    ) -> None:
-        super().__init__(data, left, d_left, right, d_right)
+    def __init__(self, *arguments: Value | Number) -> None:
+        super().__init__(*arguments)
 
         def propagate() -> None:
-            if left is not None:
-                left.grad += d_left * self.grad
-            if right is not None:
-                right.grad += d_right * self.grad
+            for parent, local in ((self.left, self.d_left), (self.right, self.d_right)):
+                if parent is not None:
+                    parent.grad += local * self.grad
 
         self.propagate = propagate
 

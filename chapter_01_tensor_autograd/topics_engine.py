@@ -69,7 +69,7 @@ def topic_tensors(seed: int, smoke: bool) -> Outcome:
 
 
 def _show_broadcasting() -> int:
-    """广播表；返回与 PyTorch 不符的条数。"""
+    """广播表：形状与步幅，0 就是复制；返回与 PyTorch 不符的条数。"""
     wrong = 0
     for a, b in (((3, 4), (4,)), ((3, 1), (4,)), ((2, 1, 4), (3, 1)), ((3, 4), (3,))):
         results: list[Any] = []
@@ -79,7 +79,15 @@ def _show_broadcasting() -> int:
             except (ValueError, RuntimeError):
                 results.append(None)
         wrong += results[0] != results[1]
-        print(f"  广播 {a} 与 {b} -> {results[0] or '不行：最后一维 4 ≠ 3'}")
+        if results[0] is None:
+            print(f"  广播 {a} 与 {b}：不行，最后一维 4 ≠ 3")
+            continue
+        target, strides = results[0], []
+        for shape in (a, b):
+            x = torch.empty(shape)
+            strides.append(tensor_ops.broadcast_strides(shape, x.stride(), target))
+            wrong += strides[-1] != x.broadcast_to(target).stride()
+        print(f"  广播 {a} 与 {b} -> {target}，步幅 {strides[0]} 与 {strides[1]}")
     return wrong
 
 

@@ -58,6 +58,7 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: A * "2", TypeError, "mul：操作数应为 Tensor、实数或实数数组，实为 str"),
     (lambda: None - A, TypeError, "sub：操作数应为.*实为 NoneType"),
     (lambda: Tensor([1, 2]) + 0.5, TypeError, r"add：dtype 不同，int64 \(2,\) 与 float64 \(\)"),
+    (lambda: Tensor([1, 2]) * 2.0, TypeError, "mul：dtype 不同，int64"),  # 恰好是整数的小数也一样
     (lambda: np.array([0.5]) * Tensor([True]), TypeError, "mul：dtype 不同，bool.*与 float64"),
     (lambda: ones(4) == A, ValueError, r"==：形状 \(4,\) 与 \(2, 3\) 不能广播"),
     (lambda: grad([A.sum()], A), TypeError, "grad：output 应为一个张量，实为 list"),

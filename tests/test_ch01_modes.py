@@ -194,6 +194,15 @@ def test_jacobians_equal_torch(name: str) -> None:
         assert_close(jacobian(lambda t: f(t, Tensor(a)), x), expected)
 
 
+def test_jacobians_need_vectors() -> None:
+    x = np.ones(2)
+    for jacobian in (modes.jacobian_by_rows, modes.jacobian_by_columns):
+        with pytest.raises(ValueError, match=r"应为一维，实为形状 \(\)"):
+            jacobian(lambda a: a.sum(), x)
+        with pytest.raises(ValueError, match=r"应为一维，实为形状 \(1, 2\)"):
+            jacobian(lambda a: a * 2.0, x[None])
+
+
 def test_random_network() -> None:
     f = modes.random_network(3, 2, 7, make_generator(0))
     generator, x = make_generator(0), normal(3)

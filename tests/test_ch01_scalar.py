@@ -131,6 +131,25 @@ def test_only_closures_leave_cycles(node: type[Value], monkeypatch: pytest.Monke
         gc.enable()
 
 
+def test_a_step_builds_645_nodes_per_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = 0
+
+    class Counted(Value):
+        __slots__ = ()
+
+        def __init__(self, *arguments: Any) -> None:
+            nonlocal built
+            built += 1
+            super().__init__(*arguments)
+
+    for module in (scalar_engine, scalar_mlp):
+        monkeypatch.setattr(module, "Value", Counted)
+    model = ScalarMLP((2, 16, 16, 1), make_generator(0))
+    built = 0
+    hinge_step(model, POINTS, SIGNS, 0.1)
+    assert built == 645 * len(POINTS)  # 正文里说的六万多个，就是一百个样本
+
+
 def test_benchmark_refuses_a_chain_too_short_to_weigh(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         benchmark.parse_args(["--chain", "7"])

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import random
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from utils import REPO_ROOT
 from utils import device as device_module
 from utils.cli import UserError
 from utils.device import TorchDevice, available_devices, get_device, peak_rss_mib
@@ -322,3 +327,34 @@ def test_run_isolated_restores_the_environment_when_the_function_raises(variable
     with pytest.raises(KeyError, match="值 3，1 个线程"):
         run_isolated(fail_in_process, 3)
     assert {name: os.environ.get(name) for name in THREAD_VARIABLES} == variables
+
+
+SLEEPER = """
+import sys, time
+from utils.timer import run_isolated
+
+def announce_and_sleep(path):
+    open(path, "w").close()
+    time.sleep(60)
+
+if __name__ == "__main__":
+    run_isolated(announce_and_sleep, sys.argv[1])
+"""
+
+
+@pytest.mark.script
+@pytest.mark.skipif(os.name == "nt", reason="Windows 没有 SIGINT 的这套约定")
+def test_interrupting_the_parent_does_not_wait_for_the_child(tmp_path: Path) -> None:
+    script, started = tmp_path / "sleeper.py", tmp_path / "started"
+    script.write_text(SLEEPER, encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(REPO_ROOT)}
+    with subprocess.Popen(
+        [sys.executable, script, started], env=environment, stderr=subprocess.PIPE
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not started.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)  # 只送给父进程，终端里的 Ctrl-C 则人人有份
+        with Timer() as timer:
+            process.communicate(timeout=50)
+    assert started.exists() and process.returncode != 0 and timer.elapsed < 20

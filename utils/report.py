@@ -143,10 +143,12 @@ def render(ledger: dict[str, Any]) -> str:
             lines.append("| " + " | ".join([*cells, *(cost if first else ["", ""])]) + " |")
     setups = {(e["machine"], e["torch"], e["date"]) for e in ledger["entries"]}
     described = "；".join(f"{m}，torch {t}，{d}" for m, t, d in sorted(setups))
+    compared = any(r["baseline"] is not None for e in ledger["entries"] for r in e["results"])
     lines += [
         "",
         f"测于 {described}。秒数为整个进程的墙钟时间，含启动与画图；"
-        "对照是同一任务上的线性模型，核对项的机会线是出错时的量级。",
+        + ("对照是同一任务上的线性模型，" if compared else "")
+        + "核对项的机会线是出错时的量级。",
     ]
     if kept:
         lines += ["", "† 依赖真实数据或 GPU，本次未重测，沿用先前的记录。"]
