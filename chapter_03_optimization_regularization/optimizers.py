@@ -93,6 +93,12 @@ class Optimizer(torch.optim.Optimizer):
             state.update(self.init_state(p, group))
         self.update(p, -p.grad if group["maximize"] else p.grad, state, group)
 
+    def train(self) -> None:
+        """训练之前调用；只有参数在训练与评估时不同的优化器（Schedule-Free）才有事可做。"""
+
+    def eval(self) -> None:
+        """评估与保存之前调用。"""
+
     def init_state(self, p: Tensor, group: Group) -> State:
         """参数 ``p`` 的全部缓冲的初值。"""
         raise NotImplementedError

@@ -229,7 +229,7 @@ class ScheduleFreeAdamW(Optimizer):
 # ---------------------------------------------------------------- SAM
 
 
-class SAM(torch.optim.Optimizer):
+class SAM(Optimizer):
     """锐度感知的最小化：先沿梯度上坡走 ``ρ``，用那里的梯度从原处下坡。
 
     ``e = ρ g/‖g‖``，``g' = ∇L(p + e)``，再由 ``base_optimizer`` 用 ``g'`` 更新 ``p``。
@@ -252,11 +252,12 @@ class SAM(torch.optim.Optimizer):
         rho: float = 0.05,
         **options: Any,
     ) -> None:
-        if not rho >= 0:
-            raise ValueError(f"rho={rho} 无效：应不小于 0")
         self.base = base_optimizer(params, **options)
         super().__init__(self.base.param_groups, self.base.defaults | {"rho": rho})
         self._share()
+
+    def check(self, group: Group) -> None:
+        require_non_negative(group, "rho")  # 其余的由 base 检查
 
     def _share(self) -> None:
         """与 ``base`` 共用参数组与状态：改学习率、存取状态都只有一份。"""

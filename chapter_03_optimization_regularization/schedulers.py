@@ -292,8 +292,8 @@ class OneCycleLR(LRScheduler):
         return _cosine(middle, end, (t - self.peak) / rest) if rest > 0 else middle
 
     def lr_at(self, t: int, base_lr: float) -> float:
-        if t >= self.total_steps:
-            raise ValueError(f"OneCycleLR 只有 {self.total_steps} 步，现在要走第 {t + 1} 步")
+        if t > self.total_steps:  # 最后一步之后的那次 step() 是允许的，学习率已没有用处
+            raise ValueError(f"OneCycleLR 只有 {self.total_steps} 步，现在要走第 {t} 步")
         return self._value(t, self.lrs)
 
     def _apply(self) -> None:

@@ -1,0 +1,358 @@
+"""六个实验的结论：由比较的结果得出表、图与判定。
+
+每个 ``report_xxx(comparisons, context) -> Report``；数字都由 ``Run`` 算出，图交给 ``figures.py``。
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from chapter_02_nn_basics_mlp.losses import cross_entropy
+from chapter_03_optimization_regularization import figures
+from chapter_03_optimization_regularization.data import Task
+from chapter_03_optimization_regularization.experiments import DEPTHS, POINTS, make_model
+from chapter_03_optimization_regularization.landscapes import sharpness
+from chapter_03_optimization_regularization.networks import INITS
+from chapter_03_optimization_regularization.optimizers import SGD
+from chapter_03_optimization_regularization.recipes import (
+    Comparison,
+    plain_loss,
+    standard_error,
+    steps_to_reach,
+)
+from chapter_03_optimization_regularization.schedulers import lr_range_test
+from utils import Expectation, Result, make_generator
+from utils.topics import Check
+
+
+class Context(NamedTuple):
+    """写结论要用到的：各种子的任务、种子、数据集名、总步数、设备。"""
+
+    task: Callable[[int], Task]
+    seeds: Sequence[int]
+    dataset: str
+    steps: int
+    device: torch.device
+
+
+class Report(NamedTuple):
+    """一个实验的结论。"""
+
+    figure: Figure
+    results: list[Result]
+    lines: list[str] = []  # 另外打印的几行
+    details: dict[str, Any] = {}  # 另外写进 metrics.json 的
+
+
+# ---------------------------------------------------------------- 共用
+
+
+def table(comparisons: Sequence[Comparison], knob: str) -> list[str]:
+    """对齐的一张表：选中的旋钮、验证损失、测试错误率 ± 标准误、相对于第一方的成对差。"""
+    base, reference = comparisons[0].test_errors(), comparisons[0].arm.name
+    lines = [f"      {'':18s} {knob:>13s}  验证损失   测试错误率 ± 标准误   与 {reference} 之差"]
+    for c in comparisons:
+        errors = c.test_errors()
+        gaps = [a - b for a, b in zip(errors, base, strict=True)]
+        loss = statistics.fmean(run.val_loss for run in c.chosen)
+        edge = "边" if c.at_edge() else "  "
+        lines.append(
+            f"      {c.arm.name:18s} {c.knob:11.3g} {edge} {loss:8.4f}"
+            f"   {100 * statistics.fmean(errors):6.2f}% ± {100 * standard_error(errors):.2f}"
+            f"      {100 * statistics.fmean(gaps):+6.2f} ± {100 * standard_error(gaps):.2f}"
+        )
+    if any(c.at_edge() for c in comparisons):
+        lines.append("      边：最好的在候选值的一端，更好的也许还在外面")
+    return lines
+
+
+def record(c: Comparison) -> dict[str, Any]:
+    """写进 ``metrics.json`` 的一方：整个扫描与选中之后的各个种子。"""
+    return {
+        "knob": c.knob,
+        "sweep": {f"{knob:.4g}": loss for knob, loss in c.tuning.items()},
+        "val_loss": [run.val_loss for run in c.chosen],
+        "test_error": c.test_errors(),
+    }
+
+
+def _sweeps(comparisons: Sequence[Comparison]) -> dict[str, figures.Sweep]:
+    return {c.arm.name: (list(c.tuning), list(c.tuning.values()), c.knob) for c in comparisons}
+
+
+def _curves(comparisons: Sequence[Comparison]) -> dict[str, tuple[list[int], np.ndarray]]:
+    return {
+        c.arm.name: (
+            [step for step, _ in c.chosen[0].curve],
+            np.array([[loss for _, loss in run.curve] for run in c.chosen]),
+        )
+        for c in comparisons
+    }
+
+
+def _errors(comparisons: Sequence[Comparison]) -> dict[str, list[float]]:
+    return {c.arm.name: c.test_errors() for c in comparisons}
+
+
+def _best(comparisons: Sequence[Comparison]) -> Comparison:
+    """验证损失最低的一方：挑选不看测试集。"""
+    return min(comparisons, key=lambda c: statistics.fmean(run.val_loss for run in c.chosen))
+
+
+def _accuracy(
+    name: str,
+    winner: Comparison,
+    baseline: Comparison,
+    context: Context,
+    band: tuple[float, float],
+) -> Result:
+    """胜者的测试准确率；区间由 synth-digits 上的实测得出，别的数据只按机会线给出宽松的下限。"""
+    chance = 1 - context.task(context.seeds[0]).chance
+    if context.dataset != "synth-digits":
+        band = (min(3 * chance, (1 + chance) / 2), 1.0)
+    values = [1 - error for error in winner.test_errors()]
+    std = statistics.stdev(values) if len(values) > 1 else None
+    against = 1 - statistics.fmean(baseline.test_errors())
+    expectation = Expectation(f"测试准确率（{name}）", chance, band, percent=True)
+    return Result(expectation, statistics.fmean(values), std, against)
+
+
+def _by_name(comparisons: Sequence[Comparison]) -> dict[str, Comparison]:
+    return {c.arm.name: c for c in comparisons}
+
+
+def _top(context: Context) -> float:
+    """扫描图的上沿：总报均匀分布的损失 ``ln C`` 再高一点。"""
+    return 1.3 * math.log(context.task(context.seeds[0]).classes)
+
+
+# ---------------------------------------------------------------- 六个实验
+
+
+def report_optimizers(comparisons: Sequence[Comparison], context: Context) -> Report:
+    """最好的优化器；每一方走多少步达到 AdamW 的最终验证损失。"""
+    named = _by_name(comparisons)
+    target = statistics.fmean(run.val_loss for run in named["AdamW"].chosen)
+    lines = [f"      达到 AdamW 的最终验证损失 {target:.4f} 所用的步数（共 {context.steps} 步）"]
+    ratios: dict[str, list[float]] = {}
+    for name, c in named.items():
+        steps = [steps_to_reach(run.curve, target) for run in c.chosen]
+        ratios[name] = [s / context.steps for s in steps]
+        if all(map(math.isfinite, steps)):
+            mean, error = statistics.fmean(steps), standard_error(steps)
+            lines.append(f"      {name:18s} {mean:6.0f} ± {error:.0f}")
+    lines.append("      其余的没有全部达到")
+    figure = figures.comparison_figure(
+        _sweeps(comparisons), _curves(comparisons), _errors(comparisons), _top(context)
+    )
+    winner = _best(comparisons)
+    results = [_accuracy("最好的优化器", winner, named["SGD"], context, (0.94, 0.965))]
+    muon = statistics.fmean(ratios["Muon"])
+    if math.isfinite(muon):
+        check = Check("Muon 达到 AdamW 最终验证损失的步数 ÷ 总步数", 1.0, (0.6, 0.95))
+        std = statistics.stdev(ratios["Muon"]) if len(ratios["Muon"]) > 1 else None
+        results.append(Result(check, muon, std))
+    return Report(figure, results, lines, {"steps_share": ratios, "winner": winner.arm.name})
+
+
+def report_schedules(comparisons: Sequence[Comparison], context: Context) -> Report:
+    """最好的调度；另做一次学习率范围测试。"""
+    named = _by_name(comparisons)
+    winner, task = _best(comparisons), context.task(context.seeds[0])
+    shapes = {}
+    for c in comparisons:
+        recipe = c.arm.build(task, 1.0, context.steps, 0, context.device)
+        shapes[c.arm.name] = []
+        for step in range(context.steps):
+            shapes[c.arm.name].append(recipe.schedule.get_last_lr()[0])
+            if step < context.steps - 1:
+                recipe.schedule.step()
+    model = make_model(task, context.seeds[0], context.device)
+    batches = task.batches("train", 128, make_generator(0))
+    tested = lr_range_test(
+        model, batches, cross_entropy, SGD(model.parameters(), momentum=0.9), 1e-4, 10.0, 200
+    )
+    figure = figures.schedules_figure(
+        shapes, _curves(comparisons), _errors(comparisons), tested, named["constant"].knob
+    )
+    results = [_accuracy("最好的调度", winner, named["constant"], context, (0.93, 0.965))]
+    lines = [f"      范围测试：损失最低处的学习率 {tested[0][int(np.argmin(tested[1]))]:.3g}"]
+    return Report(figure, results, lines, {"winner": winner.arm.name})
+
+
+def _widest(c: Comparison, top: float) -> float:
+    """训得动（验证损失不到 ``top`` 的一半）的最大学习率；没有则为 0。"""
+    usable = [knob for knob, loss in c.tuning.items() if loss < top / 2]
+    return max(usable, default=0.0)
+
+
+def report_normalization(comparisons: Sequence[Comparison], context: Context) -> Report:
+    """最好的归一化；各自能用的最大学习率。"""
+    named, top = _by_name(comparisons), math.log(context.task(context.seeds[0]).classes)
+    widest = {name: _widest(c, top) for name, c in named.items()}
+    lines = ["      验证损失低于 ln C 一半的最大学习率"]
+    lines += [f"      {name:18s} {lr:.3g}" for name, lr in widest.items()]
+    figure = figures.normalization_figure(_sweeps(comparisons), _errors(comparisons), _top(context))
+    plain, winner = named["plain|none"], _best(comparisons)
+    results = [_accuracy("最好的归一化", winner, plain, context, (0.86, 0.95))]
+    if widest["plain|none"]:
+        check = Check("无残差时能用的最大学习率：batch ÷ none", 1.0, (2.9, 100.0))
+        results.append(Result(check, widest["plain|batch"] / widest["plain|none"]))
+    return Report(figure, results, lines, {"widest": widest})
+
+
+def report_regularization(comparisons: Sequence[Comparison], context: Context) -> Report:
+    """每种正则化使测试错误率变了多少，是不是两个标准误之外。"""
+    named = _by_name(comparisons)
+    base = named["none"].test_errors()
+    clear, errors = {}, _errors(comparisons)
+    for name, values in errors.items():
+        gaps = [a - b for a, b in zip(values, base, strict=True)]
+        mean, error = statistics.fmean(gaps), standard_error(gaps)
+        if name != "none" and abs(mean) > 2 * error:
+            clear[name] = mean
+    lines = [
+        "      两个标准误之外："
+        + "、".join(f"{name} {100 * gap:+.1f}" for name, gap in clear.items())
+    ]
+    losses = {c.arm.name: [run.val_loss for run in c.chosen] for c in comparisons}
+    task = context.task(context.seeds[0])
+    figure = figures.regularizers_figure(errors, losses, task.floor)
+    winner = min(comparisons, key=lambda c: statistics.fmean(run.val_error for run in c.chosen))
+    values = winner.test_errors()
+    std = statistics.stdev(values) if len(values) > 1 else None
+    points = context.dataset == POINTS
+    band = (
+        (0.24, 0.20) if points else (0.35, 0.25) if context.dataset == "synth-digits" else (0.8, 0)
+    )
+    expectation = Expectation(
+        "测试错误率（验证最好的正则化）", task.chance, band, task.floor, 0.004, percent=True
+    )
+    baseline = statistics.fmean(base)
+    results = [Result(expectation, statistics.fmean(values), std, baseline)]
+    return Report(figure, results, lines, {"winner": winner.arm.name, "clear": clear})
+
+
+TARGET = 0.1  # 各批大小都训练到这个训练损失（nats），再比较锐度与测试错误率
+MAX_STEPS = 20_000
+
+
+def report_generalization(comparisons: Sequence[Comparison], context: Context) -> Report:
+    """最好的学习率随批大小变化的幂；走到同一训练损失要多少步、多少样本，解有多尖。"""
+    sizes = [c.arm.batch_size for c in comparisons]
+    reached: dict[int, list[dict[str, float]]] = {}
+    for c in comparisons:
+        for seed in context.seeds:
+            row = _train_to_target(c.arm.batch_size, c.knob / 2, seed, context)
+            reached.setdefault(c.arm.batch_size, []).append(row)
+    slope = float(np.polyfit(np.log(sizes), np.log([c.knob for c in comparisons]), 1)[0])
+    lines = [
+        f"      最好的学习率 ∝ 批大小的 {slope:.2f} 次方",
+        f"      一半的学习率，不变，走到训练损失 {TARGET}：步数、样本数、锐度、测试错误率",
+    ]
+    for size, rows in reached.items():
+        mean = {key: statistics.fmean(row[key] for row in rows) for key in rows[0]}
+        lines.append(
+            f"      batch {size:<8d} {mean['steps']:8.0f} 步 {mean['samples']:9.0f} 个"
+            f" {mean['sharpness']:8.2f} {100 * mean['test_error']:8.2f}%"
+        )
+    sweeps = dict(zip(sizes, _sweeps(comparisons).values(), strict=True))
+    figure = figures.batch_size_figure(sweeps, reached, _top(context))
+    winner = _best(comparisons)
+    results = [
+        _accuracy("最好的批大小", winner, comparisons[-1], context, (0.85, 0.92)),
+        Result(Check("最好的学习率对批大小的对数斜率", 0.0, (0.3, 1.1)), slope),
+    ]
+    return Report(figure, results, lines, {"reached": reached, "slope": slope})
+
+
+def _train_to_target(batch_size: int, lr: float, seed: int, context: Context) -> dict[str, float]:
+    """常数学习率的 SGD，直到整个训练集上的损失不超过 ``TARGET``（至多 ``MAX_STEPS`` 步）。"""
+    task, model = context.task(seed), make_model(context.task(seed), seed, context.device)
+    optimizer, taken = SGD(model.parameters(), lr=lr), 0
+    train, generator = next(iter(task.batches("train", 10**6))), make_generator(seed)
+    every = max(1, 512 // batch_size)  # 大约每 512 个样本看一次全体的损失
+    with tqdm(total=MAX_STEPS, desc=f"批 {batch_size}", unit="步", leave=False) as bar:
+        while taken < MAX_STEPS:
+            for x, y in task.batches("train", batch_size, generator):
+                optimizer.zero_grad()
+                plain_loss(model, x, y).backward()
+                optimizer.step()
+                taken += 1
+                bar.update()
+                if taken % every == 0:
+                    with torch.no_grad():
+                        loss = plain_loss(model, *train).item()
+                    if not loss > TARGET or context.steps < 20:  # nan 也停；--smoke 只走一下
+                        return _measure(model, train, task, taken, batch_size, seed)
+    return _measure(model, train, task, taken, batch_size, seed)
+
+
+def _measure(
+    model: nn.Module,
+    train: tuple[Tensor, Tensor],
+    task: Task,
+    steps: int,
+    batch_size: int,
+    seed: int,
+) -> dict[str, float]:
+    parameters = list(model.parameters())
+    x, y = next(iter(task.batches("test", 10**6)))
+    with torch.no_grad():
+        error = (model(x).argmax(dim=-1) != y).float().mean().item()
+    finite = all(p.isfinite().all() for p in parameters)  # 发散了就没有锐度可言
+    top = math.nan
+    if finite:
+        top = sharpness(lambda: plain_loss(model, *train), parameters, make_generator(seed))
+    samples = float(steps * batch_size)
+    return {"steps": float(steps), "samples": samples, "sharpness": top, "test_error": error}
+
+
+def report_initialization(comparisons: Sequence[Comparison], context: Context) -> Report:
+    """初始化 × 归一化 × 深度的热图。"""
+    accuracy: dict[str, np.ndarray] = {}
+    for c in comparisons:
+        init, norm, depth = c.arm.name.split("|")
+        cells = accuracy.setdefault(norm, np.full((len(INITS), len(DEPTHS)), np.nan))
+        value = 1 - statistics.fmean(run.val_error for run in c.chosen)
+        cells[list(INITS).index(init), DEPTHS.index(int(depth))] = value
+    figure = figures.initialization_figure(accuracy, list(INITS), DEPTHS)
+    named = _by_name(comparisons)
+    chance = 1 - context.task(context.seeds[0]).chance
+    usable = {norm: int((cells > 2 * chance).sum()) for norm, cells in accuracy.items()}
+    cells = len(INITS) * len(DEPTHS)
+    lines = [f"      验证准确率高于机会线两倍的格子（共 {cells} 个）"]
+    lines += [f"      {norm:18s} {count}" for norm, count in usable.items()]
+    results = [
+        _accuracy(
+            "最好的组合",
+            _best(comparisons),
+            named[f"kaiming|none|{DEPTHS[-1]}"],
+            context,
+            (0.8, 0.95),
+        ),
+        Result(
+            Check("训得动的组合：batch − none，格", 0.0, (2.0, cells)),
+            usable["batch"] - usable["none"],
+        ),
+    ]
+    return Report(figure, results, lines, {"usable": usable})
+
+
+REPORTS = {
+    "optimizers": report_optimizers,
+    "schedules": report_schedules,
+    "normalization": report_normalization,
+    "regularization": report_regularization,
+    "generalization": report_generalization,
+    "initialization": report_initialization,
+}
