@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
             "Muon": partial(seconds_of, muon.step, device),
             "forward + backward": partial(seconds_of, work, device),
         }
-        seconds["scale"] = alternate(others, max(2, args.repeats // 5))
+        seconds["scale"] = alternate(others, max(2, args.repeats // 10))
     ratios = report(seconds)
     checks = [
         Result(Check(f"{kind}：ours ÷ torch 缺省", 3.0, (0.2, 1.2)), ratios[kind]) for kind in WAYS

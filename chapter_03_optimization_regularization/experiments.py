@@ -144,19 +144,23 @@ def _share(steps: int, part: float) -> int:
     return max(1, round(steps * part))
 
 
+def _warmup(steps: int) -> int:
+    return min(_share(steps, 0.1), steps - 1)
+
+
 SCHEDULES = (
     _schedule_arm("constant", lambda o, lr, n: sched.ConstantLR(o)),
     _schedule_arm("step", lambda o, lr, n: sched.StepLR(o, _share(n, 1 / 3), 0.1)),
     _schedule_arm("exponential", lambda o, lr, n: sched.ExponentialLR(o, 0.01 ** (1 / n))),
     _schedule_arm("cosine", lambda o, lr, n: sched.CosineAnnealingLR(o, n)),
-    _schedule_arm("warmup + cosine", lambda o, lr, n: sched.WarmupCosineLR(o, _share(n, 0.1), n)),
+    _schedule_arm("warmup + cosine", lambda o, lr, n: sched.WarmupCosineLR(o, _warmup(n), n)),
     _schedule_arm("one-cycle", lambda o, lr, n: sched.OneCycleLR(o, lr, n)),
     # 优化器里的学习率是整体的倍数：除以峰值 (d_model · warmup)^{−½}，使峰值恰为 lr
     _schedule_arm("Noam", lambda o, lr, n: _noam(o, lr, _share(n, 0.1))),
     _schedule_arm(
         "WSD",
         lambda o, lr, n: sched.WarmupStableDecayLR(
-            o, _share(n, 0.1), n - _share(n, 0.1) - _share(n, 0.3), _share(n, 0.3)
+            o, _warmup(n), n - _warmup(n) - _share(n, 0.3), _share(n, 0.3)
         ),
     ),
 )

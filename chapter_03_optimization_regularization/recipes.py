@@ -157,7 +157,7 @@ def steps_to_reach(curve: Sequence[tuple[int, float]], target: float) -> float:
     previous: tuple[int, float] | None = None
     for step, loss in curve:
         if loss <= target:
-            if previous is None:
+            if previous is None or not math.isfinite(previous[1]):
                 return step
             share = (previous[1] - target) / (previous[1] - loss)
             return previous[0] + share * (step - previous[0])

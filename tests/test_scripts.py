@@ -32,18 +32,19 @@ class Case(NamedTuple):
         return " ".join([str(self.script), *self.argv, f"@{self.place}"])
 
 
-def task_choices(path: Path) -> list[str]:
-    """脚本的 ``--task`` 有哪些选项；没有这个参数则为空。"""
+def task_choices(path: Path) -> list[tuple[str, str]]:
+    """脚本的 ``--task``（或 ``--experiment``）有哪些选项，每项是两个词；没有这个参数则为空。"""
     for node in ast.walk(parse(path)):
         if (
             isinstance(node, ast.Call)
             and node.args
             and isinstance(node.args[0], ast.Constant)
-            and node.args[0].value == "--task"
+            and node.args[0].value in ("--task", "--experiment")
         ):
             (choices,) = [k.value for k in node.keywords if k.arg == "choices"]
             code = compile(ast.Expression(choices), str(path), "eval")
-            return list(eval(code, vars(load(path))))
+            flag = node.args[0].value
+            return [(flag, choice) for choice in eval(code, vars(load(path)))]
     return []
 
 
@@ -59,7 +60,7 @@ def all_cases() -> list[Case]:
         places = ["own"]
         if script.name == "train.py":
             places += ["root", "foreign", "module"]
-        tasks = [("--task", task) for task in task_choices(script)] or [()]
+        tasks = task_choices(script) or [()]
         for i in range(max(len(places), len(tasks))):
             place = places[i] if i < len(places) else "own"
             cases.append(Case(script, tasks[i % len(tasks)], place))
