@@ -3,7 +3,7 @@
 本文件教什么：数学都在 ``normalization_functions.py``，这里只有状态：``γ, β``，BatchNorm 为推理
 另存的滑动统计量，训练与推理的切换。名字、参数与 ``state_dict`` 同 ``torch.nn``，可以互相装载。
 不涉及：``device``、``dtype`` 等构造参数（请用 ``.to()``），多进程同步统计量（SyncBatchNorm）。
-对应 README 的「归一化」一节。
+对应 normalization.md。
 
 维度约定：``B`` 批大小，``C`` 通道数，``L`` 序列长度，``H, W`` 图像的高与宽。
 """

@@ -2,7 +2,7 @@
 
 本文件教什么：各种正则化落到张量上各是哪几行；随机的几种（丢弃、混合）在期望上等于什么。
 不涉及：优化器里的权重衰减（``optimizers.py`` 与 ``optimizers_adam.py``），早停与权重平均
-（``averaging.py``）。对应 README 的「正则化」一节。
+（``averaging.py``）。对应 regularization.md。
 
 与论文的差别：Dropout 用倒置的缩放（训练时除以 1−p），评估时什么也不做；DropPath 逐样本丢弃，
 同样倒置缩放；cutmix 的方框按整数像素取，λ 随之改成精确的面积比。

@@ -270,7 +270,7 @@ def report_generalization(comparisons: Sequence[Comparison], context: Context) -
     winner = _best(comparisons)
     results = [
         _accuracy("最好的批大小", winner, comparisons[-1], context, (0.85, 0.92)),
-        Result(Check("最好的学习率对批大小的对数斜率", 0.0, (0.3, 1.1)), slope),
+        Result(Check("最好的学习率对批大小的对数斜率", 0.0, (0.2, 1.1)), slope),
     ]
     return Report(figure, results, lines, {"reached": reached, "slope": slope})
 

@@ -1,6 +1,6 @@
 """demo.py 的专题：权重平均抵消噪声，过分自信的网络怎样校准。
 
-对应 README 的「正则化」与「校准与不确定性」两节。
+对应 regularization.md 的「权重平均」与「校准与不确定性」两节。
 """
 
 from __future__ import annotations

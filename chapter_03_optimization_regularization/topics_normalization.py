@@ -1,6 +1,6 @@
 """demo.py 的专题：归一化对哪些维求、训练与推理、批的大小、手推的反向。
 
-对应 README 的「归一化」一节。
+对应 normalization.md。
 """
 
 from __future__ import annotations

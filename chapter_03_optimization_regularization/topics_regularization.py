@@ -1,4 +1,4 @@
-"""demo.py 的专题：L1 与 L2、衰减放在哪里、Dropout、梯度裁剪。对应 README 的「正则化」一节。"""
+"""demo.py 的专题：L1 与 L2、衰减放在哪里、Dropout、梯度裁剪。对应 regularization.md。"""
 
 from __future__ import annotations
 

@@ -32,10 +32,10 @@ from utils.file_io_util import REPO_ROOT
 
 PACKAGES = {"torch", "torchvision", "numpy", "matplotlib", "tqdm", "pytest"}
 EARLIER = {3: {2}, 5: {3, 4}, 8: {7}, 9: {7}, 10: {7, 8, 9}}  # 理论上承接的章
-NOT_CONCEPTS = {"train", "data", "tasks", "showcase", "figures"} | {
-    "demo",
-    "demo_figures",
-    "benchmark",
+NOT_CONCEPTS = {"train", "demo", "benchmark", "data", "tasks", "showcase", "demo_figures"} | {
+    "experiments",
+    "reports",
+    "recipes",
 }
 ENTRIES = {"train", "demo", "benchmark"}  # 箭头的起点，没有人导入它们
 
@@ -80,7 +80,8 @@ def import_violations(path: Path, tree: ast.AST) -> list[str]:
         elif there not in EARLIER.get(here, set()):
             reason = "不在这一章可以引用的前面各章之中"
         else:
-            reason = "只能引用别章的概念模块" if module in NOT_CONCEPTS else ""
+            helper = module in NOT_CONCEPTS or module.startswith(("figures", "topics_"))
+            reason = "只能引用别章的概念模块" if helper else ""
         if reason:
             wrong.append(f"{path}:{line} 导入 {name}：{reason}")
     return wrong
@@ -103,6 +104,7 @@ def import_violations(path: Path, tree: ast.AST) -> list[str]:
         ("chapter_08_a/x.py", "from chapter_06_b.lstm import LSTM", "前面各章"),
         ("chapter_08_a/x.py", "from chapter_07_b.data import make", "概念模块"),
         ("chapter_08_a/x.py", "from chapter_07_b import figures", "概念模块"),
+        ("chapter_08_a/x.py", "from chapter_07_b.topics_x import TOPICS", "概念模块"),
     ],
 )
 def test_import_rule_catches(path: str, source: str, reason: str) -> None:
