@@ -18,13 +18,14 @@ from tqdm import tqdm
 
 from chapter_02_nn_basics_mlp.losses import cross_entropy
 from chapter_03_optimization_regularization import figures
+from chapter_03_optimization_regularization.arms import DEPTHS, make_model
 from chapter_03_optimization_regularization.data import Task
-from chapter_03_optimization_regularization.experiments import DEPTHS, POINTS, make_model
 from chapter_03_optimization_regularization.landscapes import sharpness
 from chapter_03_optimization_regularization.networks import INITS
 from chapter_03_optimization_regularization.optimizers import SGD
 from chapter_03_optimization_regularization.recipes import (
     Comparison,
+    Run,
     plain_loss,
     standard_error,
     steps_to_reach,
@@ -35,13 +36,14 @@ from utils.topics import Check
 
 
 class Context(NamedTuple):
-    """写结论要用到的：各种子的任务、种子、数据集名、总步数、设备。"""
+    """写结论要用到的：训练之前宣布的预期，各种子的任务、种子、总步数、设备，挑选的依据。"""
 
+    expectation: Expectation
     task: Callable[[int], Task]
     seeds: Sequence[int]
-    dataset: str
     steps: int
     device: torch.device
+    key: Callable[[Run], float]
 
 
 class Report(NamedTuple):
@@ -89,41 +91,40 @@ def _sweeps(comparisons: Sequence[Comparison]) -> dict[str, figures.Sweep]:
     return {c.arm.name: (list(c.tuning), list(c.tuning.values()), c.knob) for c in comparisons}
 
 
-def _curves(comparisons: Sequence[Comparison]) -> dict[str, tuple[list[int], np.ndarray]]:
-    return {
-        c.arm.name: (
-            [step for step, _ in c.chosen[0].curve],
-            np.array([[loss for _, loss in run.curve] for run in c.chosen]),
-        )
-        for c in comparisons
-    }
+def _curves(comparisons: Sequence[Comparison]) -> dict[str, figures.Curve]:
+    curves = {}
+    for c in comparisons:
+        longest = max((run.curve for run in c.chosen), key=len)
+        losses = np.full((len(c.chosen), len(longest)), np.nan)  # 中途发散的种子，后面空着
+        for row, run in zip(losses, c.chosen, strict=True):
+            row[: len(run.curve)] = [loss for _, loss in run.curve]
+        curves[c.arm.name] = ([step for step, _ in longest], losses)
+    return curves
 
 
 def _errors(comparisons: Sequence[Comparison]) -> dict[str, list[float]]:
     return {c.arm.name: c.test_errors() for c in comparisons}
 
 
-def _best(comparisons: Sequence[Comparison]) -> Comparison:
-    """验证损失最低的一方：挑选不看测试集。"""
-    return min(comparisons, key=lambda c: statistics.fmean(run.val_loss for run in c.chosen))
+def _winner(comparisons: Sequence[Comparison], context: Context) -> Comparison:
+    """验证集上最好的一方：挑选不看测试集；发散的排在最后。"""
+
+    def score(c: Comparison) -> float:
+        value = statistics.fmean(context.key(run) for run in c.chosen)
+        return value if math.isfinite(value) else math.inf
+
+    return min(comparisons, key=score)
 
 
-def _accuracy(
-    name: str,
-    winner: Comparison,
-    baseline: Comparison,
-    context: Context,
-    band: tuple[float, float],
-) -> Result:
-    """胜者的测试准确率；区间由 synth-digits 上的实测得出，别的数据只按机会线给出宽松的下限。"""
-    chance = 1 - context.task(context.seeds[0]).chance
-    if context.dataset != "synth-digits":
-        band = (min(3 * chance, (1 + chance) / 2), 1.0)
-    values = [1 - error for error in winner.test_errors()]
+def _main_result(
+    comparisons: Sequence[Comparison], baseline: Comparison, context: Context
+) -> tuple[Comparison, Result]:
+    """(胜者, 它的测试错误率：均值、标准差，以及对照的)。"""
+    winner = _winner(comparisons, context)
+    values = winner.test_errors()
     std = statistics.stdev(values) if len(values) > 1 else None
-    against = 1 - statistics.fmean(baseline.test_errors())
-    expectation = Expectation(f"测试准确率（{name}）", chance, band, percent=True)
-    return Result(expectation, statistics.fmean(values), std, against)
+    against = statistics.fmean(baseline.test_errors())
+    return winner, Result(context.expectation, statistics.fmean(values), std, against)
 
 
 def _by_name(comparisons: Sequence[Comparison]) -> dict[str, Comparison]:
@@ -154,8 +155,8 @@ def report_optimizers(comparisons: Sequence[Comparison], context: Context) -> Re
     figure = figures.comparison_figure(
         _sweeps(comparisons), _curves(comparisons), _errors(comparisons), _top(context)
     )
-    winner = _best(comparisons)
-    results = [_accuracy("最好的优化器", winner, named["SGD"], context, (0.94, 0.965))]
+    winner, result = _main_result(comparisons, named["SGD"], context)
+    results = [result]
     muon = statistics.fmean(ratios["Muon"])
     if math.isfinite(muon):
         check = Check("Muon 达到 AdamW 最终验证损失的步数 ÷ 总步数", 1.0, (0.6, 0.95))
@@ -167,8 +168,8 @@ def report_optimizers(comparisons: Sequence[Comparison], context: Context) -> Re
 def report_schedules(comparisons: Sequence[Comparison], context: Context) -> Report:
     """最好的调度；另做一次学习率范围测试。"""
     named = _by_name(comparisons)
-    winner, task = _best(comparisons), context.task(context.seeds[0])
-    shapes = {}
+    winner, result = _main_result(comparisons, named["constant"], context)
+    task, shapes = context.task(context.seeds[0]), {}
     for c in comparisons:
         recipe = c.arm.build(task, 1.0, context.steps, 0, context.device)
         shapes[c.arm.name] = []
@@ -184,9 +185,8 @@ def report_schedules(comparisons: Sequence[Comparison], context: Context) -> Rep
     figure = figures.schedules_figure(
         shapes, _curves(comparisons), _errors(comparisons), tested, named["constant"].knob
     )
-    results = [_accuracy("最好的调度", winner, named["constant"], context, (0.93, 0.965))]
     lines = [f"      范围测试：损失最低处的学习率 {tested[0][int(np.argmin(tested[1]))]:.3g}"]
-    return Report(figure, results, lines, {"winner": winner.arm.name})
+    return Report(figure, [result], lines, {"winner": winner.arm.name})
 
 
 def _widest(c: Comparison, top: float) -> float:
@@ -202,8 +202,8 @@ def report_normalization(comparisons: Sequence[Comparison], context: Context) ->
     lines = ["      验证损失低于 ln C 一半的最大学习率"]
     lines += [f"      {name:18s} {lr:.3g}" for name, lr in widest.items()]
     figure = figures.normalization_figure(_sweeps(comparisons), _errors(comparisons), _top(context))
-    plain, winner = named["plain|none"], _best(comparisons)
-    results = [_accuracy("最好的归一化", winner, plain, context, (0.86, 0.95))]
+    _, result = _main_result(comparisons, named["plain|none"], context)
+    results = [result]
     if widest["plain|none"]:
         check = Check("无残差时能用的最大学习率：batch ÷ none", 1.0, (2.9, 100.0))
         results.append(Result(check, widest["plain|batch"] / widest["plain|none"]))
@@ -227,19 +227,8 @@ def report_regularization(comparisons: Sequence[Comparison], context: Context) -
     losses = {c.arm.name: [run.val_loss for run in c.chosen] for c in comparisons}
     task = context.task(context.seeds[0])
     figure = figures.regularizers_figure(errors, losses, task.floor)
-    winner = min(comparisons, key=lambda c: statistics.fmean(run.val_error for run in c.chosen))
-    values = winner.test_errors()
-    std = statistics.stdev(values) if len(values) > 1 else None
-    points = context.dataset == POINTS
-    band = (
-        (0.24, 0.20) if points else (0.35, 0.25) if context.dataset == "synth-digits" else (0.8, 0)
-    )
-    expectation = Expectation(
-        "测试错误率（验证最好的正则化）", task.chance, band, task.floor, 0.004, percent=True
-    )
-    baseline = statistics.fmean(base)
-    results = [Result(expectation, statistics.fmean(values), std, baseline)]
-    return Report(figure, results, lines, {"winner": winner.arm.name, "clear": clear})
+    winner, result = _main_result(comparisons, named["none"], context)
+    return Report(figure, [result], lines, {"winner": winner.arm.name, "clear": clear})
 
 
 TARGET = 0.1  # 各批大小都训练到这个训练损失（nats），再比较锐度与测试错误率
@@ -267,9 +256,9 @@ def report_generalization(comparisons: Sequence[Comparison], context: Context) -
         )
     sweeps = dict(zip(sizes, _sweeps(comparisons).values(), strict=True))
     figure = figures.batch_size_figure(sweeps, reached, _top(context))
-    winner = _best(comparisons)
+    _, result = _main_result(comparisons, comparisons[-1], context)
     results = [
-        _accuracy("最好的批大小", winner, comparisons[-1], context, (0.85, 0.92)),
+        result,
         Result(Check("最好的学习率对批大小的对数斜率", 0.0, (0.2, 1.1)), slope),
     ]
     return Report(figure, results, lines, {"reached": reached, "slope": slope})
@@ -332,14 +321,10 @@ def report_initialization(comparisons: Sequence[Comparison], context: Context) -
     cells = len(INITS) * len(DEPTHS)
     lines = [f"      验证准确率高于机会线两倍的格子（共 {cells} 个）"]
     lines += [f"      {norm:18s} {count}" for norm, count in usable.items()]
+    deepest = named[f"kaiming|none|{DEPTHS[-1]}"]
+    _, result = _main_result(comparisons, deepest, context)
     results = [
-        _accuracy(
-            "最好的组合",
-            _best(comparisons),
-            named[f"kaiming|none|{DEPTHS[-1]}"],
-            context,
-            (0.8, 0.95),
-        ),
+        result,
         Result(
             Check("训得动的组合：batch − none，格", 0.0, (2.0, cells)),
             usable["batch"] - usable["none"],

@@ -10,6 +10,7 @@ import torch
 
 from chapter_02_nn_basics_mlp.losses import cross_entropy
 from chapter_03_optimization_regularization import train
+from chapter_03_optimization_regularization.arms import make_model
 from chapter_03_optimization_regularization.averaging import EMA, EarlyStopping
 from chapter_03_optimization_regularization.data import (
     EXTRA,
@@ -24,7 +25,6 @@ from chapter_03_optimization_regularization.data import (
 from chapter_03_optimization_regularization.experiments import (
     EXPERIMENTS,
     IMAGE_REGULARIZATION,
-    make_model,
 )
 from chapter_03_optimization_regularization.networks import INITS, NORMS, BlockMLP
 from chapter_03_optimization_regularization.optimizers import SGD

@@ -80,7 +80,7 @@ def import_violations(path: Path, tree: ast.AST) -> list[str]:
         elif there not in EARLIER.get(here, set()):
             reason = "不在这一章可以引用的前面各章之中"
         else:
-            helper = module in NOT_CONCEPTS or module.startswith(("figures", "topics_"))
+            helper = module in NOT_CONCEPTS or module.startswith(("figures", "topics_", "arms"))
             reason = "只能引用别章的概念模块" if helper else ""
         if reason:
             wrong.append(f"{path}:{line} 导入 {name}：{reason}")
