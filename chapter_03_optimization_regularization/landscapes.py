@@ -67,7 +67,7 @@ class Landscape(NamedTuple):
 LANDSCAPES: dict[str, Landscape] = {
     "quadratic": Landscape(quadratic, ((0.0, 0.0),), (-4.0, -0.6), (-4.8, 2.2, -3.2, 2.2)),
     "rosenbrock": Landscape(rosenbrock, ((1.0, 1.0),), (-1.2, 1.0), (-1.7, 1.7, -0.7, 1.9)),
-    "beale": Landscape(beale, ((3.0, 0.5),), (0.5, 1.6), (-0.4, 4.2, -0.9, 2.0)),
+    "beale": Landscape(beale, ((3.0, 0.5),), (1.0, 1.2), (0.2, 4.2, -1.2, 1.8)),
     "saddle": Landscape(saddle, ((0.0, 1.0), (0.0, -1.0)), (-1.6, 1e-3), (-2.0, 1.4, -0.6, 1.6)),
 }
 

@@ -155,6 +155,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         experiment = IMAGE_REGULARIZATION
     if args.dataset == POINTS and experiment.dataset != POINTS:
         parser.error(f"--dataset {POINTS} 只用于 --experiment regularization")
+    if experiment.knob != "learning rate" and args.lr != 1.0:
+        parser.error("--lr 只用于挑选学习率的实验；regularization 挑选的是强度")
+    if args.batch_size is not None and any(arm.batch_size for arm in experiment.arms):
+        parser.error("--batch-size 不用于 generalization：它自己改变批大小")
     args.plan = experiment
     args.epochs = args.epochs or experiment.epochs
     args.batch_size = args.batch_size or experiment.batch_size
@@ -184,6 +188,7 @@ def run_all(
     plan: Experiment = args.plan
 
     def run_once(arm: Arm, knob: float, seed: int) -> Run:
+        set_seed(seed)  # Dropout 用全局的随机数；这样每一次都与先跑了什么无关
         data = task(seed)
         batch_size = arm.batch_size or args.batch_size
         steps = args.epochs * len(data.batches("train", batch_size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -295,12 +296,33 @@ def test_defaults_follow_the_experiment() -> None:
     assert train.parse_args(["--smoke"]).out_dir.name == "optimizers_smoke"
 
 
-def test_bad_combinations_are_one_line(capsys) -> None:
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--dataset", "noisy-moons"], "noisy-moons 只用于 --experiment regularization"),
+        (["--experiment", "regularization", "--lr", "2"], "--lr 只用于挑选学习率的实验"),
+        (["--experiment", "generalization", "--batch-size", "9"], "它自己改变批大小"),
+        (["--experiment", "optimisers"], "没有 'optimisers' 这个选项"),
+        (["--seeds", "0"], "'0' 不合要求"),
+    ],
+)
+def test_bad_combinations_are_one_line(argv: list[str], words: str, capsys) -> None:
     with pytest.raises(SystemExit) as caught:
-        train.parse_args(["--dataset", "noisy-moons"])
+        train.parse_args(argv)
     error = capsys.readouterr().err
     assert caught.value.code == 2 and len(error.splitlines()) == 1
-    assert "--dataset noisy-moons 只用于 --experiment regularization" in error
+    assert words in error
+
+
+def test_a_run_does_not_depend_on_what_ran_before(tmp_path: Path) -> None:
+    """Dropout 的随机数由每次训练自己的种子决定。"""
+    args = train.parse_args(["--experiment", "regularization", "--smoke"])
+    task, cpu = train.task_maker(args, CPU), CPU
+    whole = {c.arm.name: c.runs[0].val_loss for c in train.run_all(args, task, cpu)}
+    chosen = [arm for arm in args.plan.arms if arm.name in ("dropout", "DropPath")]
+    args.plan = dataclasses.replace(args.plan, arms=tuple(chosen))
+    for c in train.run_all(args, task, cpu):
+        assert c.runs[0].val_loss == whole[c.arm.name]
 
 
 def test_missing_dataset_is_a_user_error(tmp_path: Path, needs_torchvision: None) -> None:
