@@ -154,7 +154,7 @@ def clipping_figure(
         w, u, np.log10(np.maximum(surface, 1e-4)), levels, cmap=SEQUENTIAL, extend="both"
     )
     bar = figure.colorbar(filled, ax=axes, ticks=[-2, 0, 2, 4, 6])
-    bar.set_label(r"$\log_{10}$ loss")
+    bar.ax.set_title(r"$\log_{10}$ loss", fontsize=8, fontweight="normal")
     bar.outline.set_visible(False)
     colors = {"no clipping": "#F87171", "by norm": "white", "by value": PALETTE[4]}
     for name, run in runs.items():

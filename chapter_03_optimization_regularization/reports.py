@@ -20,6 +20,7 @@ from chapter_02_nn_basics_mlp.losses import cross_entropy
 from chapter_03_optimization_regularization import figures
 from chapter_03_optimization_regularization.arms import DEPTHS, make_model
 from chapter_03_optimization_regularization.data import Task
+from chapter_03_optimization_regularization.experiments import DIGITS, POINTS
 from chapter_03_optimization_regularization.landscapes import sharpness
 from chapter_03_optimization_regularization.networks import INITS
 from chapter_03_optimization_regularization.optimizers import SGD
@@ -36,9 +37,10 @@ from utils.topics import Check
 
 
 class Context(NamedTuple):
-    """写结论要用到的：训练之前宣布的预期，各种子的任务、种子、总步数、设备，挑选的依据。"""
+    """写结论要用到的：训练之前宣布的预期，数据集，各种子的任务，种子、总步数、设备，挑选的依据。"""
 
     expectation: Expectation
+    dataset: str
     task: Callable[[int], Task]
     seeds: Sequence[int]
     steps: int
@@ -210,16 +212,44 @@ def report_normalization(comparisons: Sequence[Comparison], context: Context) ->
     return Report(figure, results, lines, {"widest": widest})
 
 
+# 数据集 -> 手段 -> README 所说的方向：-1 降，+1 升；没有列出的不作断言
+CLAIMS = {
+    POINTS: dict.fromkeys(
+        [
+            "L1 (proximal)",
+            "elastic net",
+            "L2 in Adam",
+            "decoupled decay",
+            "dropout",
+            "DropPath",
+            "mixup",
+            "early stopping",
+            "EMA",
+            "SWA",
+            "SAM",
+        ],
+        -1,
+    )
+    | {"label smoothing": +1},
+    DIGITS: {"decoupled decay": -1, "EMA": -1, "cutmix": +1},
+}
+
+
 def report_regularization(comparisons: Sequence[Comparison], context: Context) -> Report:
     """每种正则化使测试错误率变了多少，是不是两个标准误之外。"""
     named = _by_name(comparisons)
     base = named["none"].test_errors()
-    clear, errors = {}, _errors(comparisons)
+    clear, claims, errors = {}, [], _errors(comparisons)
     for name, values in errors.items():
         gaps = [a - b for a, b in zip(values, base, strict=True)]
         mean, error = statistics.fmean(gaps), standard_error(gaps)
         if name != "none" and abs(mean) > 2 * error:
             clear[name] = mean
+        sign = CLAIMS.get(context.dataset, {}).get(name)
+        if sign is not None and error > 0:
+            band = (2.0, 100.0) if sign > 0 else (-100.0, -2.0)
+            check = Check(f"{name}：测试错误率之差 ÷ 标准误", 0.0, band)
+            claims.append(Result(check, mean / error))
     lines = [
         "      两个标准误之外："
         + "、".join(f"{name} {100 * gap:+.1f}" for name, gap in clear.items())
@@ -228,7 +258,7 @@ def report_regularization(comparisons: Sequence[Comparison], context: Context) -
     task = context.task(context.seeds[0])
     figure = figures.regularizers_figure(errors, losses, task.floor)
     winner, result = _main_result(comparisons, named["none"], context)
-    return Report(figure, [result], lines, {"winner": winner.arm.name, "clear": clear})
+    return Report(figure, [result, *claims], lines, {"winner": winner.arm.name, "clear": clear})
 
 
 TARGET = 0.1  # 各批大小都训练到这个训练损失（nats），再比较锐度与测试错误率

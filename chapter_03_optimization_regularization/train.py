@@ -230,7 +230,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
         timer.lap("训练")
         steps = args.epochs * len(first.batches("train", args.batch_size))
         seeds = range(args.seed, args.seed + args.seeds)
-        context = Context(expectation, task, seeds, steps, device.device, args.plan.key)
+        context = Context(
+            expectation, args.dataset, task, seeds, steps, device.device, args.plan.key
+        )
         report = REPORTS[args.experiment](comparisons, context)
         timer.lap("结论")
     print("\n".join([*table(comparisons, args.plan.knob), *report.lines]))
