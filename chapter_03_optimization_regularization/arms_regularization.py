@@ -120,7 +120,7 @@ def _swa(recipe: Recipe, start: float, task: Task, steps: int, *_) -> None:
 
 REGULARIZERS = (
     _regularizer("none", (0.0,)),
-    _regularizer("L1 (proximal)", (1.0, 2.0, 3.0), _l1),
+    _regularizer("L1 (proximal)", (0.5, 1.0, 1.5), _l1),
     _regularizer("elastic net", (0.3, 1.0, 3.0), _elastic),
     _regularizer("L2 in Adam", (0.03, 0.1, 0.3), _l2),
     _regularizer("decoupled decay", (10.0, 30.0, 60.0), _decoupled),

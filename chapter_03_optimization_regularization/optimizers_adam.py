@@ -281,4 +281,4 @@ class Adafactor(Optimizer):
 
 def _rms(x: Tensor) -> float:
     """均方根 ``√mean(x²)``。"""
-    return x.norm().item() / math.sqrt(x.numel())
+    return x.norm().item() / math.sqrt(max(1, x.numel()))

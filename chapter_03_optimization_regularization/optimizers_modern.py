@@ -259,6 +259,14 @@ class SAM(Optimizer):
     def check(self, group: Group) -> None:
         require_non_negative(group, "rho")  # 其余的由 base 检查
 
+    def train(self) -> None:
+        if isinstance(self.base, Optimizer):  # torch.optim 的没有这两个方法，也不需要
+            self.base.train()
+
+    def eval(self) -> None:
+        if isinstance(self.base, Optimizer):
+            self.base.eval()
+
     def _share(self) -> None:
         """与 ``base`` 共用参数组与状态：改学习率、存取状态都只有一份。"""
         self.base.param_groups, self.base.state = self.param_groups, self.state

@@ -37,7 +37,7 @@ from utils.topics import Check
 
 
 class Context(NamedTuple):
-    """写结论要用到的：训练之前宣布的预期，数据集，各种子的任务，种子、总步数、设备，挑选的依据。"""
+    """写结论要用到的：预期、数据集、各种子的任务、种子、总步数、设备、挑选的依据、是否 --smoke。"""
 
     expectation: Expectation
     dataset: str
@@ -46,6 +46,7 @@ class Context(NamedTuple):
     steps: int
     device: torch.device
     key: Callable[[Run], float]
+    smoke: bool = False
 
 
 class Report(NamedTuple):
@@ -296,44 +297,45 @@ def report_generalization(comparisons: Sequence[Comparison], context: Context) -
 
 def _train_to_target(batch_size: int, lr: float, seed: int, context: Context) -> dict[str, float]:
     """常数学习率的 SGD，直到整个训练集上的损失不超过 ``TARGET``（至多 ``MAX_STEPS`` 步）。"""
-    task, model = context.task(seed), make_model(context.task(seed), seed, context.device)
-    optimizer, taken = SGD(model.parameters(), lr=lr), 0
-    train, generator = next(iter(task.batches("train", 10**6))), make_generator(seed)
+    task = context.task(seed)
+    model, generator = make_model(task, seed, context.device), make_generator(seed)
+    optimizer, train = SGD(model.parameters(), lr=lr), next(iter(task.batches("train", 10**6)))
+    limit, taken, loss = 5 if context.smoke else MAX_STEPS, 0, math.inf
     every = max(1, 512 // batch_size)  # 大约每 512 个样本看一次全体的损失
-    with tqdm(total=MAX_STEPS, desc=f"批 {batch_size}", unit="步", leave=False) as bar:
-        while taken < MAX_STEPS:
+    with tqdm(total=limit, desc=f"批 {batch_size}", unit="步", leave=False) as bar:
+        while taken < limit and loss > TARGET:  # 发散成 nan 也在此停下
             for x, y in task.batches("train", batch_size, generator):
                 optimizer.zero_grad()
                 plain_loss(model, x, y).backward()
                 optimizer.step()
                 taken += 1
                 bar.update()
-                if taken % every == 0:
+                if taken % every == 0 or taken == limit:
                     with torch.no_grad():
                         loss = plain_loss(model, *train).item()
-                    if not loss > TARGET or context.steps < 20:  # nan 也停；--smoke 只走一下
-                        return _measure(model, train, task, taken, batch_size, seed)
-    return _measure(model, train, task, taken, batch_size, seed)
+                    if taken == limit or not loss > TARGET:
+                        break
+    return {
+        "steps": float(taken),
+        "samples": float(taken * batch_size),
+        "train_loss": loss,
+        "sharpness": _sharpness(model, train, seed),
+        "test_error": _test_error(model, task),
+    }
 
 
-def _measure(
-    model: nn.Module,
-    train: tuple[Tensor, Tensor],
-    task: Task,
-    steps: int,
-    batch_size: int,
-    seed: int,
-) -> dict[str, float]:
+def _sharpness(model: nn.Module, train: tuple[Tensor, Tensor], seed: int) -> float:
+    """训练损失的 ``λ_max``；发散了就没有锐度可言。"""
     parameters = list(model.parameters())
+    if not all(p.isfinite().all() for p in parameters):
+        return math.nan
+    return sharpness(lambda: plain_loss(model, *train), parameters, make_generator(seed))
+
+
+@torch.no_grad()
+def _test_error(model: nn.Module, task: Task) -> float:
     x, y = next(iter(task.batches("test", 10**6)))
-    with torch.no_grad():
-        error = (model(x).argmax(dim=-1) != y).float().mean().item()
-    finite = all(p.isfinite().all() for p in parameters)  # 发散了就没有锐度可言
-    top = math.nan
-    if finite:
-        top = sharpness(lambda: plain_loss(model, *train), parameters, make_generator(seed))
-    samples = float(steps * batch_size)
-    return {"steps": float(steps), "samples": samples, "sharpness": top, "test_error": error}
+    return (model(x).argmax(dim=-1) != y).float().mean().item()
 
 
 def report_initialization(comparisons: Sequence[Comparison], context: Context) -> Report:

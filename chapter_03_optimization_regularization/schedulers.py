@@ -50,6 +50,8 @@ class LRScheduler:
         self._apply()
 
     def _apply(self) -> None:
+        if len(self.base_lrs) != len(self.optimizer.param_groups):
+            raise ValueError("建立调度之后，优化器又加了参数组：请先加完参数组，再建立调度")
         for group, base_lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = self.lr_at(self.last_epoch, base_lr)
 

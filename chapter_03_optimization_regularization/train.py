@@ -231,7 +231,14 @@ def main(argv: Sequence[str] | None = None) -> dict:
         steps = args.epochs * len(first.batches("train", args.batch_size))
         seeds = range(args.seed, args.seed + args.seeds)
         context = Context(
-            expectation, args.dataset, task, seeds, steps, device.device, args.plan.key
+            expectation,
+            args.dataset,
+            task,
+            seeds,
+            steps,
+            device.device,
+            args.plan.key,
+            args.smoke,
         )
         report = REPORTS[args.experiment](comparisons, context)
         timer.lap("结论")

@@ -202,6 +202,15 @@ def test_adam_update_is_the_naive_formula() -> None:
     assert_equal(optimizer.state[ours]["exp_avg_sq"], v)
 
 
+def test_adafactor_by_hand_with_a_vanishing_gradient() -> None:
+    """一维，第一步 ``v = g²``：极小的梯度由下限 ``ε₁²`` 接住，``u = g/ε₁``。"""
+    p = torch.tensor([2.0, -2.0], dtype=torch.float64, requires_grad=True)
+    p.grad = torch.tensor([1e-9, -3e-9], dtype=torch.float64)
+    Adafactor([p], lr=0.1, eps=(1e-6, 1e-3)).step()
+    # u = (1e-3, −3e-3)，均方根不到 1，不截；α = RMS(p) · min(0.1, 1) = 0.2
+    assert_equal(p.detach(), torch.tensor([2 - 0.2e-3, -2 + 0.6e-3], dtype=torch.float64))
+
+
 def test_first_adam_step_is_the_sign_of_the_gradient() -> None:
     """``m̂ = g``、``v̂ = g²``，所以第一步恰为 ``−η sign(g)``（ε 之外）。"""
     p = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64, requires_grad=True)
@@ -269,6 +278,31 @@ def test_sam_uses_the_gradient_at_the_perturbed_point() -> None:
     # e = 0.5 · (3, 4)/5 = (0.3, 0.4)
     assert p.item() == pytest.approx(1.5 - 0.1 * 2 * (1.5 + 0.3), abs=1e-14)
     assert q.item() == pytest.approx(4 / 3 - 0.1 * 3 * (4 / 3 + 0.4), abs=1e-14)
+
+
+def test_sam_passes_train_and_eval_on_to_its_base() -> None:
+    sam = SAM(make_params(SHAPES), ScheduleFreeAdamW, rho=0.1, lr=0.05)
+    walk(sam, 5)
+    training = [p.clone() for p in parameters(sam)]
+    sam.eval()
+    assert not torch.equal(parameters(sam)[0], training[0])
+    sam.train()
+    for p, q in zip(parameters(sam), training, strict=True):
+        assert_equal(p, q)
+    SAM(make_params(SHAPES), torch.optim.SGD, lr=0.1).eval()  # 没有这个方法的，什么也不做
+
+
+def test_schedule_free_resumes_from_a_checkpoint_taken_in_eval_mode() -> None:
+    straight, first = (ScheduleFreeAdamW(make_params(SHAPES), 0.05) for _ in range(2))
+    walk(straight, 20)
+    walk(first, 10)
+    first.eval()
+    second = ScheduleFreeAdamW([p.clone().requires_grad_() for p in parameters(first)], 0.05)
+    second.load_state_dict(first.state_dict())
+    second.train()
+    walk(second, 10, start=10)
+    for p, q in zip(parameters(second), parameters(straight), strict=True):
+        assert_equal(p, q, 1e-10)
 
 
 def test_sam_with_zero_radius_is_its_base_optimizer() -> None:

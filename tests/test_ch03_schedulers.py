@@ -127,6 +127,7 @@ def test_state_dict_resumes_exactly(name: str, options: dict) -> None:
     first = make()
     record(first, 25)
     second = make()
+    second.base_lrs = [1e9, 1e9]  # 续训时优化器里的学习率已经变过，基准要以保存的为准
     second.load_state_dict(first.state_dict())
     assert record(second, 35) == whole[25:]
     assert second.get_last_lr() == whole[-1][:2]
@@ -158,6 +159,14 @@ def test_one_cycle_edges() -> None:
 def test_errors(make: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make(make_optimizer(momentum=0.9))
+
+
+def test_groups_added_later_are_refused() -> None:
+    optimizer = make_optimizer()
+    scheduler = StepLR(optimizer, 3)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+    with pytest.raises(ValueError, match="请先加完参数组，再建立调度"):
+        scheduler.step()
 
 
 def test_one_cycle_needs_a_momentum() -> None:

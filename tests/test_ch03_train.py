@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from chapter_02_nn_basics_mlp.losses import cross_entropy
-from chapter_03_optimization_regularization import train
+from chapter_03_optimization_regularization import reports, train
 from chapter_03_optimization_regularization.arms import make_model
 from chapter_03_optimization_regularization.averaging import EMA, EarlyStopping
 from chapter_03_optimization_regularization.data import (
@@ -33,6 +34,7 @@ from chapter_03_optimization_regularization.optimizers_adam import AdamW
 from chapter_03_optimization_regularization.optimizers_modern import ScheduleFreeAdamW
 from chapter_03_optimization_regularization.recipes import (
     Arm,
+    Comparison,
     Recipe,
     Run,
     compare,
@@ -156,7 +158,7 @@ def fake_run(losses: dict[tuple[float, int], float]):
 
 
 def test_compare_picks_on_validation_then_adds_the_other_seeds() -> None:
-    losses = {(1.0, 0): 3.0, (2.0, 0): math.nan, (3.0, 0): 1.0, (4.0, 0): 2.0}
+    losses = {(1.0, 0): math.nan, (2.0, 0): 3.0, (3.0, 0): 1.0, (4.0, 0): 2.0}
     losses |= {(3.0, 1): 9.0, (3.0, 2): 9.0}
     run_once, calls = fake_run(losses)
     arm = Arm("a", (1.0, 2.0, 3.0, 4.0), None)
@@ -166,7 +168,10 @@ def test_compare_picks_on_validation_then_adds_the_other_seeds() -> None:
     assert [run.seed for run in c.chosen] == [0, 1, 2]
     assert c.tuning[3.0] == 1.0  # 补跑的两个种子不改变挑选时的记录
     (edge,) = compare([arm], run_once, range(1), 1, lambda run: run.val_error)
-    assert edge.knob == 1.0 and edge.at_edge()  # 换一个依据，选中的就不同
+    assert edge.knob == 2.0  # 换一个依据，选中的就不同
+    arm = arm._replace(knobs=(2.0, 3.0))
+    (edge,) = compare([arm], run_once, range(1), 1, lambda run: run.val_loss)
+    assert edge.at_edge()
 
 
 def test_standard_error_by_hand() -> None:
@@ -282,6 +287,120 @@ def test_loop_calls_train_mode_and_zeroes_gradients() -> None:
         torch.testing.assert_close(p, q)
 
 
+def test_evaluating_in_the_middle_changes_nothing(monkeypatch) -> None:
+    """Schedule-Free 中途换成平均再换回来：轨迹不变，记下的损失是平均处的。"""
+    task = points_task(0, 64, smoke=True)
+    often, never = small_recipe(ScheduleFreeAdamW), small_recipe(ScheduleFreeAdamW)
+    monkeypatch.setattr(train, "CURVE_EVERY", 1)
+    run = train.fit(often, task, 3, 32, 0)
+    monkeypatch.setattr(train, "CURVE_EVERY", 10**6)
+    train.fit(never, task, 3, 32, 0)
+    assert len(run.curve) == 6 and run.curve[-1][1] == run.val_loss
+    for p, q in zip(often.model.parameters(), never.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------- 各方
+
+
+def arm_named(name: str, arms: tuple[Arm, ...]) -> Arm:
+    (arm,) = [arm for arm in arms if arm.name == name]
+    return arm
+
+
+@pytest.mark.parametrize("arm", EXPERIMENTS["schedules"].arms, ids=lambda arm: arm.name)
+def test_every_schedule_peaks_at_the_chosen_rate(arm: Arm) -> None:
+    recipe = arm.build(points_task(0, 64, smoke=True), 0.1, 100, 0, CPU)
+    rates = []
+    for _ in range(100):
+        rates.append(recipe.schedule.get_last_lr()[0])
+        recipe.schedule.step()
+    assert max(rates) == pytest.approx(0.1, rel=1e-3)
+
+
+def test_swa_starts_where_it_is_told_to() -> None:
+    arm = arm_named("SWA", EXPERIMENTS["regularization"].arms)
+    recipe = arm.build(points_task(0, 64, smoke=True), 0.5, 10, 0, CPU)
+    for _ in range(10):
+        recipe.after_step()
+    assert int(recipe.evaluated.n_averaged) == 6  # 第 5 步到第 10 步
+
+
+def test_l1_shrinks_by_lr_times_strength() -> None:
+    arm = arm_named("L1 (proximal)", EXPERIMENTS["regularization"].arms)
+    recipe = arm.build(points_task(0, 64, smoke=True), 2.0, 10, 0, CPU)
+    weight = recipe.model.blocks[0][0].weight
+    before = weight.detach().clone()
+    recipe.after_step()
+    torch.testing.assert_close(weight, nn.functional.softshrink(before, 3e-3 * 2.0))
+
+
+# ---------------------------------------------------------------- 结论
+
+
+def made_up(errors: dict[str, list[float]], curves=((), ())) -> list[Comparison]:
+    """每一方两个种子，测试错误率随意指定。"""
+    done = []
+    for name, values in errors.items():
+        runs = [
+            Run(1.0, seed, None, list(curve), 1.0, error, test_error=error)
+            for seed, (error, curve) in enumerate(zip(values, curves, strict=True))
+        ]
+        done.append(Comparison(Arm(name, (1.0,), None), runs, 1.0, {1.0: 1.0}))
+    return done
+
+
+def make_context(name: str, dataset: str, task, smoke: bool = False) -> reports.Context:
+    plan = EXPERIMENTS[name]
+    expectation = plan.expectation(task, dataset)
+    return reports.Context(
+        expectation, dataset, lambda seed: task, range(2), 10, CPU, plan.key, smoke
+    )
+
+
+def test_claims_about_regularizers_are_judged() -> None:
+    task = points_task(0, 64, smoke=True)
+    context = make_context("regularization", "noisy-moons", task)
+    errors = {"none": [0.30, 0.31], "dropout": [0.25, 0.27], "label smoothing": [0.33, 0.35]}
+    report = reports.report_regularization(made_up(errors), context)
+    assert [r.expectation.learned(r.value) for r in report.results[1:]] == [True, True]
+    assert report.results[1].value == pytest.approx(-0.045 / 0.005)  # 差 −0.05、−0.04
+    errors = {"none": [0.30, 0.31], "dropout": [0.33, 0.35], "label smoothing": [0.25, 0.27]}
+    report = reports.report_regularization(made_up(errors), context)
+    assert [r.expectation.learned(r.value) for r in report.results[1:]] == [False, False]
+    assert report.results[0].baseline == pytest.approx(0.305)
+
+
+def test_curves_of_unequal_length_are_padded() -> None:
+    curves = ([(1, 3.0), (2, 2.0)], [(1, 4.0)])
+    ((steps, losses),) = reports._curves(made_up({"a": [0.1, 0.2]}, curves)).values()
+    assert steps == [1, 2] and losses[0].tolist() == [3.0, 2.0]
+    assert losses[1, 0] == 4.0 and math.isnan(losses[1, 1])
+
+
+def test_the_winner_is_chosen_on_validation_and_divergence_comes_last() -> None:
+    task = points_task(0, 64, smoke=True)
+    context = make_context("optimizers", "synth-digits", task)
+    comparisons = made_up({"a": [0.1, 0.1], "b": [0.2, 0.2]})
+    for run, loss in zip(
+        [*comparisons[0].runs, *comparisons[1].runs], (math.nan, 1, 5, 5), strict=True
+    ):
+        run.val_loss = loss
+    assert reports._winner(comparisons, context).arm.name == "b"
+
+
+def test_training_to_a_target_stops_there() -> None:
+    task = points_task(0, 100, smoke=True)
+    row = reports._train_to_target(20, 0.3, 0, make_context("generalization", "x", task))
+    assert row["train_loss"] <= reports.TARGET < row["train_loss"] * 3
+    assert row["samples"] == 20 * row["steps"] and 10 < row["steps"] < 5_000
+    assert row["sharpness"] > 0 and 0 < row["test_error"] < 1
+    diverged = reports._train_to_target(20, 1e9, 0, make_context("generalization", "x", task))
+    assert math.isnan(diverged["sharpness"]) and diverged["steps"] < 200
+    short = reports._train_to_target(20, 0.3, 0, make_context("generalization", "x", task, True))
+    assert short["steps"] == 5
+
+
 # ---------------------------------------------------------------- 入口
 
 
@@ -339,6 +458,16 @@ def test_whole_experiment_on_mnist_files(
     assert set(metrics["comparisons"]) == {arm.name for arm in EXPERIMENTS["schedules"].arms}
     assert (tmp_path / "out" / "schedules.png").stat().st_size > 10_000
     assert "问题" in capsys.readouterr().out
+
+
+def test_test_errors_come_from_the_test_split() -> None:
+    args = train.parse_args(["--experiment", "generalization", "--smoke"])
+    task = train.task_maker(args, CPU)
+    for c in train.run_all(args, task, CPU):
+        (run,) = c.chosen
+        model, data = run.recipe.watched, task(run.seed)
+        assert run.test_error == train.evaluate(model, data.batches("test", 2_000))[1]
+        assert run.val_error == train.evaluate(model, data.batches("val", 2_000))[1]
 
 
 def test_lr_scales_the_whole_grid(tmp_path: Path) -> None:
