@@ -61,6 +61,7 @@ def precision_figure(
     label = rf"times $2^{{{np.log2(scale):.0f}}}$"
     axes.hist(shifted, bins, color=PALETTE[0], alpha=0.75, label=label)
     axes.set(title="gradients against the range of fp16", xlim=(-44, 2))
+    axes.set_ylim(top=1.13 * axes.get_ylim()[1])  # 给三段的名字留出一行
     axes.set(xlabel=r"$\log_2 |g|$", ylabel="count")
     axes.legend(loc="center right")
     axes = grid[0, 1]

@@ -279,12 +279,21 @@ def report_generalization(comparisons: Sequence[Comparison], context: Context) -
         f"      最好的学习率 ∝ 批大小的 {slope:.2f} 次方",
         f"      一半的学习率，不变，走到训练损失 {TARGET}：步数、样本数、锐度、测试错误率",
     ]
+    base = reached[sizes[0]]
     for size, rows in reached.items():
         mean = {key: statistics.fmean(row[key] for row in rows) for key in rows[0]}
         lines.append(
             f"      batch {size:<8d} {mean['steps']:8.0f} 步 {mean['samples']:9.0f} 个"
             f" {mean['sharpness']:8.2f} {100 * mean['test_error']:8.2f}%"
         )
+    lines.append(f"      与 batch {sizes[0]} 成对相减：锐度、测试错误率（百分点）")
+    for size in sizes[1:]:
+        shown = []
+        for key, unit in (("sharpness", 1), ("test_error", 100)):
+            pairs = zip(reached[size], base, strict=True)
+            gaps = [unit * (row[key] - other[key]) for row, other in pairs]
+            shown.append(f"{statistics.fmean(gaps):+.2f} ± {standard_error(gaps):.2f}")
+        lines.append(f"      batch {size:<8d} " + "    ".join(shown))
     sweeps = dict(zip(sizes, _sweeps(comparisons).values(), strict=True))
     figure = figures.batch_size_figure(sweeps, reached, _top(context))
     _, result = _main_result(comparisons, comparisons[-1], context)
@@ -300,7 +309,7 @@ def _train_to_target(batch_size: int, lr: float, seed: int, context: Context) ->
     task = context.task(seed)
     model, generator = make_model(task, seed, context.device), make_generator(seed)
     optimizer, train = SGD(model.parameters(), lr=lr), next(iter(task.batches("train", 10**6)))
-    limit, taken, loss = 5 if context.smoke else MAX_STEPS, 0, math.inf
+    limit, taken, seen, loss = 5 if context.smoke else MAX_STEPS, 0, 0, math.inf
     every = max(1, 512 // batch_size)  # 大约每 512 个样本看一次全体的损失
     with tqdm(total=limit, desc=f"批 {batch_size}", unit="步", leave=False) as bar:
         while taken < limit and loss > TARGET:  # 发散成 nan 也在此停下
@@ -308,7 +317,7 @@ def _train_to_target(batch_size: int, lr: float, seed: int, context: Context) ->
                 optimizer.zero_grad()
                 plain_loss(model, x, y).backward()
                 optimizer.step()
-                taken += 1
+                taken, seen = taken + 1, seen + len(y)
                 bar.update()
                 if taken % every == 0 or taken == limit:
                     with torch.no_grad():
@@ -317,7 +326,7 @@ def _train_to_target(batch_size: int, lr: float, seed: int, context: Context) ->
                         break
     return {
         "steps": float(taken),
-        "samples": float(taken * batch_size),
+        "samples": float(seen),
         "train_loss": loss,
         "sharpness": _sharpness(model, train, seed),
         "test_error": _test_error(model, task),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -172,10 +173,28 @@ def topic_accumulation(seed: int, smoke: bool) -> Outcome:
 TINY = 2.0**-20
 
 
+class StepKept(NamedTuple):
+    """一步更新写进低精度权重之后还剩多少。"""
+
+    unchanged: float  # 梯度非零、权重却纹丝不动的比例
+    progress: float  # 实际的更新在应有的更新上的投影 ÷ 后者之长；没有舍入时是 1
+
+
+def step_kept(before: Tensor, after: Tensor, wanted: Tensor) -> StepKept:
+    """比较权重实际的变化与应有的变化 ``wanted``，三者都是 ``(P,)``。"""
+    moved, wanted = after.double() - before.double(), wanted.double()
+    return StepKept(
+        (moved[wanted != 0] == 0).double().mean().item(),
+        (moved @ wanted / wanted.square().sum()).item(),
+    )
+
+
 def low_precision_losses(
     x: Tensor, y: Tensor, dtype: torch.dtype, scaler: LossScaler | None, master: bool, steps: int
-) -> list[float]:
-    """用 ``dtype`` 的权重与激活训练；``master`` 为真时优化器更新 fp32 的主权重。返回各步的损失。
+) -> tuple[list[float], list[StepKept]]:
+    """用 ``dtype`` 的权重与激活训练；``master`` 为真时优化器更新 fp32 的主权重。
+
+    返回各步的损失，以及（没有主权重时）各步的更新还剩多少。
 
     损失乘了 ``TINY``，学习率相应放大：模拟梯度很小的情形（很深的网络、对许多项取平均）。
     """
@@ -187,7 +206,7 @@ def low_precision_losses(
     def loss_fn(network: nn.Module) -> Tensor:
         return TINY * cross_entropy(network(inputs).float(), y)
 
-    losses = []
+    losses, kept = [], []
     for _ in range(steps):
         if master:
             losses.append(mixed_precision_step(model, weights, optimizer, loss_fn, scaler) / TINY)
@@ -195,19 +214,27 @@ def low_precision_losses(
         optimizer.zero_grad()
         loss = loss_fn(model)
         loss.backward()
+        before = nn.utils.parameters_to_vector(weights).detach()
         optimizer.step()
+        after = nn.utils.parameters_to_vector(weights).detach()
+        kept.append(step_kept(before, after, -0.5 / TINY * flat_gradient(model)))
         losses.append(loss.item() / TINY)
-    return losses
+    return losses, kept
 
 
-def topic_precision(seed: int, smoke: bool) -> Outcome:
-    """fp16 为什么要缩放损失，bf16 为什么不用？"""
+def print_formats() -> None:
+    """三种格式的表。"""
     print("  格式        指数 尾数     最大值    最小正规数  最小次正规数      eps")
     for name, form in FORMATS.items():
         print(
             f"  {name:10s} {form.exponent_bits:4d} {form.mantissa_bits:4d}  {form.max:9.3g}"
             f"  {form.smallest_normal:11.3g} {form.smallest_subnormal:12.3g} {form.eps:10.3g}"
         )
+
+
+def topic_precision(seed: int, smoke: bool) -> Outcome:
+    """fp16 为什么要缩放损失，bf16 为什么不用？"""
+    print_formats()
     x, y = digits(100 if smoke else 500)
     model = MLP(x.shape[1], (64,), 10, generator=make_generator(0))
     (TINY * cross_entropy(model(x), y)).backward()
@@ -220,30 +247,38 @@ def topic_precision(seed: int, smoke: bool) -> Outcome:
     for name, share in lost.items():
         print(f"  梯度转成 fp16，{name}：{100 * share:.1f}% 变成 0")
     steps = 5 if smoke else 300
-    curves = {
+    scaler = LossScaler(growth_interval=50)
+    runs = {
         "fp32": low_precision_losses(x, y, torch.float32, None, False, steps),
         "fp16, no scaling": low_precision_losses(x, y, torch.float16, None, True, steps),
-        "fp16, loss scaling": low_precision_losses(
-            x, y, torch.float16, LossScaler(growth_interval=50), True, steps
-        ),
+        "fp16, loss scaling": low_precision_losses(x, y, torch.float16, scaler, True, steps),
         "bf16, fp32 master weights": low_precision_losses(x, y, torch.bfloat16, None, True, steps),
         "bf16 weights only": low_precision_losses(x, y, torch.bfloat16, None, False, steps),
     }
+    curves = {name: losses for name, (losses, _) in runs.items()}
     for name, losses in curves.items():
         print(f"  {name:26s} 损失 {losses[0]:.3f} -> {losses[-1]:.4f}")
+    kept = runs["bf16 weights only"][1]
+    for place, step in (("第一步", kept[0]), ("最后一步", kept[-1])):
+        print(
+            f"  只有 bf16 的权重，{place}：{100 * step.unchanged:.1f}% 的权重没有动，"
+            f"沿应走的方向走了 {100 * step.progress:.1f}%"
+        )
     last = {name: losses[-1] for name, losses in curves.items()}
-    scaled = abs(last["fp16, loss scaling"] / last["fp32"] - 1)
-    stuck = last["fp16, no scaling"] / curves["fp32"][0]
     figure = figures.precision_figure(grads[grads != 0].abs().log2().numpy(), scale, curves)
-    good = (0.0, 0.05) if not smoke else (0.0, 9.0)
-    return Outcome(
-        figure,
-        [
-            (Check("缩放之后下溢的比例", lost["no scaling"], (0.0, 0.01)), list(lost.values())[1]),
-            (Check("fp16 加缩放：末尾损失与 fp32 的相对差", 1.0, good), scaled),
-            (Check("fp16 不缩放：末尾损失 ÷ 开头", 0.0, (0.3, 1.1)), stuck),
-        ],
-    )
+    good, little = ((0.0, 9.0), (-9.0, 9.0)) if smoke else ((0.0, 0.05), (0.0, 0.3))
+    results = [
+        (Check("缩放之后下溢的比例", lost["no scaling"], (0.0, 0.01)), list(lost.values())[1]),
+        (
+            Check("fp16 不缩放：末尾损失 ÷ 开头", 0.0, (0.3, 1.1)),
+            last["fp16, no scaling"] / curves["fp32"][0],
+        ),
+        (Check("只有 bf16 的权重：最后一步还剩", 1.0, little), kept[-1].progress),
+    ]
+    for name, run in (("fp16 加缩放", "fp16, loss scaling"), ("bf16", "bf16, fp32 master weights")):
+        check = Check(f"{name}，fp32 主权重：末尾损失与 fp32 的相对差", 1.0, good)
+        results.append((check, abs(last[run] / last["fp32"] - 1)))
+    return Outcome(figure, results)
 
 
 # ---------------------------------------------------------------- Muon
@@ -296,6 +331,18 @@ def newton_schulz_scalar(sigma: float, steps: int) -> float:
 # ---------------------------------------------------------------- 样本的混合
 
 
+def cutmix_label_gap(images: Tensor, generator: torch.Generator) -> float:
+    """cutmix 的软标签与精确的像素份额的最大差。
+
+    第 i 张图全部涂成 i、类别也是 i，混合之后数一数各个值占多少像素，就是应有的软标签。
+    """
+    labels = torch.arange(len(images))
+    painted = labels.to(images.dtype).view(-1, 1, 1, 1).expand_as(images)
+    mixed, targets = cutmix(painted, labels, len(images), 4.0, generator)
+    shares = nn.functional.one_hot(mixed.long(), len(images)).to(images.dtype).mean(dim=(1, 2, 3))
+    return (shares - targets).abs().max().item()
+
+
 def topic_mixing(seed: int, smoke: bool) -> Outcome:
     """mixup 与 cutmix 把样本变成什么样？"""
     data = load_images("synth-digits", "train", limit=8)
@@ -318,9 +365,14 @@ def topic_mixing(seed: int, smoke: bool) -> Outcome:
         print(f"  {name:7s} " + "，".join(titles))
     sums = torch.cat([targets.sum(dim=1) for _, targets in mixed.values()])
     gap = (sums - 1).abs().max().item()
-    return Outcome(
-        figures.mixing_figure(rows), [(Check("软标签之和与 1 的最大差", 1.0, (0.0, 1e-6)), gap)]
-    )
+    results = [
+        (Check("软标签之和与 1 的最大差", 1.0, (0.0, 1e-6)), gap),
+        (
+            Check("cutmix 的软标签与像素份额的最大差", 0.1, (0.0, 1e-6)),
+            cutmix_label_gap(images, make_generator(seed)),
+        ),
+    ]
+    return Outcome(figures.mixing_figure(rows), results)
 
 
 TOPICS: dict[str, Topic] = {
