@@ -47,13 +47,13 @@ def test_minima_are_strict_and_equal(name: str) -> None:
 
 def test_function_values_by_hand() -> None:
     at = {name: land.function for name, land in LANDSCAPES.items()}
-    points = torch.tensor([[0.0, 0.0], [2.0, 3.0]], dtype=torch.float64)
-    assert at["rosenbrock"](points).tolist() == [1.0, 101.0]  # 1 + 100 · (3 − 4)²
+    points = torch.tensor([[0.0, 0.0], [2.0, 5.0]], dtype=torch.float64)
+    assert at["rosenbrock"](points).tolist() == [1.0, 101.0]  # 1 + 100 · (5 − 4)²
     assert at["beale"](points).tolist() == pytest.approx(
-        [1.5**2 + 2.25**2 + 2.625**2, 5.5**2 + 18.25**2 + 54.625**2]
+        [1.5**2 + 2.25**2 + 2.625**2, 9.5**2 + 50.25**2 + 250.625**2]
     )
-    assert at["saddle"](points).tolist() == [0.0, 2 - 4.5 + 81 / 4]
-    assert quadratic(points, condition=10.0, angle=0.0).tolist() == [0.0, 0.5 * (4 + 90)]
+    assert at["saddle"](points).tolist() == [0.0, 2 - 12.5 + 625 / 4]
+    assert quadratic(points, condition=10.0, angle=0.0).tolist() == [0.0, 0.5 * (4 + 250)]
 
 
 def test_quadratic_has_the_asked_condition_number_and_axes() -> None:
