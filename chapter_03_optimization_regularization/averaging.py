@@ -175,9 +175,11 @@ def update_bn(batches: Iterable[Any], model: nn.Module) -> None:
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None
-    for batch in batches:
-        model(batch[0] if isinstance(batch, (list, tuple)) else batch)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    for module, flag in training:
-        module.training = flag
+    try:
+        for batch in batches:
+            model(batch[0] if isinstance(batch, (list, tuple)) else batch)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, flag in training:
+            module.training = flag

@@ -43,7 +43,8 @@ def reliability_bins(probabilities: Tensor, labels: Tensor, bins: int = 15) -> R
         raise ValueError(f"probabilities 与 labels 应为非空的 (N, C) 与 (N,)，实为 {shapes}")
     if bins < 1:
         raise ValueError(f"bins={bins} 应至少为 1")
-    confidence, predicted = probabilities.max(dim=-1)
+    # 低精度里把几万个数相加，加到后来就加不进去了
+    confidence, predicted = probabilities.double().max(dim=-1)
     if not (confidence >= 0).all() or not (confidence <= 1 + 1e-6).all():
         raise ValueError("probabilities 的最大值越出 0 到 1：是不是忘了 softmax？")
     edges = torch.linspace(0, 1, bins + 1, dtype=confidence.dtype, device=confidence.device)
@@ -156,10 +157,11 @@ def mc_dropout(model: nn.Module, x: Tensor, samples: int) -> Tensor:
     model.eval()
     for module in active:
         module.training = True
-    draws = torch.stack([torch.softmax(model(x), dim=-1) for _ in range(samples)])
-    for module, flag in training:
-        module.training = flag
-    return draws
+    try:
+        return torch.stack([torch.softmax(model(x), dim=-1) for _ in range(samples)])
+    finally:
+        for module, flag in training:
+            module.training = flag
 
 
 def predictive_entropy(draws: Tensor) -> Tensor:

@@ -190,7 +190,10 @@ def lanczos(operator: Operator, start: Tensor, steps: int) -> Tensor:
         basis = torch.cat([basis, (w / off[-1]).unsqueeze(0)])
     tri = torch.tensor(diagonal, dtype=torch.float64).diag()
     side = torch.tensor(off[: len(diagonal) - 1], dtype=torch.float64)
-    return torch.linalg.eigvalsh(tri + side.diag(1) + side.diag(-1))
+    matrix = tri + side.diag(1) + side.diag(-1)
+    if not matrix.isfinite().all():  # 损失已经溢出
+        return torch.full((len(diagonal),), math.nan, dtype=torch.float64)
+    return torch.linalg.eigvalsh(matrix)
 
 
 def sharpness(
@@ -208,7 +211,8 @@ def sharpness(
         steps: Lanczos 的步数。
     """
     flat = _flatten([p.detach() for p in params])
-    start = torch.empty_like(flat).normal_(generator=generator)
+    start = torch.empty(flat.shape, dtype=flat.dtype).normal_(generator=generator)
+    start = start.to(flat.device)  # 在 CPU 上抽，各种设备得到同一个向量
     return lanczos(hessian_operator(loss_fn, params), start, steps)[-1].item()
 
 
@@ -235,7 +239,8 @@ def filter_normalized_direction(model: nn.Module, generator: torch.Generator) ->
     for p in model.parameters():
         d = torch.zeros_like(p)
         if p.ndim > 1:
-            rows = d.normal_(generator=generator).flatten(1)
+            rows = torch.empty(d.shape, dtype=d.dtype).normal_(generator=generator)
+            rows = rows.to(d.device).flatten(1)
             length = p.detach().flatten(1).norm(dim=1, keepdim=True)
             d = (rows * (length / rows.norm(dim=1, keepdim=True))).view_as(p)
         directions.append(d)

@@ -63,6 +63,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: Group) -> None:
         """加入一组参数；没有写明的超参数取缺省值。"""
+        if not isinstance(param_group["params"], Tensor):  # 迭代器只能走一遍
+            param_group = param_group | {"params": list(param_group["params"])}
         self.check(self.defaults | param_group)
         super().add_param_group(param_group)
 
@@ -173,7 +175,7 @@ class SGD(Optimizer):
         lr, mu = group["lr"], group["momentum"]
         g = add_l2(p, g, group)
         if mu:
-            if "momentum_buffer" not in state:
+            if state.get("momentum_buffer") is None:
                 state["momentum_buffer"] = g.clone()
             else:  # b ← μ b + (1 − d) g
                 state["momentum_buffer"].mul_(mu).add_(g, alpha=1 - group["dampening"])

@@ -68,8 +68,11 @@ def muon_groups(model: nn.Module, lr: float, adamw_lr: float, **adamw: Any) -> l
     输出层指最后一个二维参数；嵌入层与它的每一行各对应一个符号，正交化没有意义。
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    # 按模块而不是按参数找最后一个：与嵌入共用权重的输出层，在 parameters() 里排在最前
+    every = [p for m in model.modules() for p in m.parameters(recurse=False) if p.dim() == 2]
+    excluded = embeddings | {id(p) for p in every[-1:]}
     trainable = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trainable if p.dim() == 2 and id(p) not in embeddings][:-1]
+    matrices = [p for p in trainable if p.dim() == 2 and id(p) not in excluded]
     chosen = {id(p) for p in matrices}
     rest = [p for p in trainable if id(p) not in chosen]
     return [
@@ -119,13 +122,11 @@ class Muon(AdamW):
     def check(self, group: Group) -> None:
         super().check(group)
         require_fraction(group, "momentum")
-
-    def add_param_group(self, param_group: Group) -> None:
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        wrong = [tuple(p.shape) for p in group["params"] if p.dim() != 2]
+        params = group.get("params", ())
+        params = [params] if isinstance(params, Tensor) else params
+        shapes = [(p[1] if isinstance(p, tuple) else p).shape for p in params]  # 可以带名字
+        wrong = [tuple(shape) for shape in shapes if len(shape) != 2]
         if group["use_muon"] and wrong:
-            self.param_groups.pop()
             raise ValueError(f"Muon 只处理二维参数，实有形状 {wrong[0]}：请用 muon_groups 分组")
 
     def init_state(self, p: Tensor, group: Group) -> State:
@@ -257,7 +258,9 @@ class SAM(Optimizer):
         self._share()
 
     def check(self, group: Group) -> None:
-        require_non_negative(group, "rho")  # 其余的由 base 检查
+        require_non_negative(group, "rho")
+        if isinstance(self.base, Optimizer):  # torch.optim 的在构造时自己检查
+            self.base.check(self.base.defaults | group)
 
     def train(self) -> None:
         if isinstance(self.base, Optimizer):  # torch.optim 的没有这两个方法，也不需要
@@ -293,7 +296,9 @@ class SAM(Optimizer):
         self.base.step()
         return loss
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """载入之后重新与 ``base`` 共用。"""
-        super().load_state_dict(state_dict)
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"base": self.base}  # deepcopy 与 pickle 也要带上它
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # load_state_dict 也走这里
         self._share()

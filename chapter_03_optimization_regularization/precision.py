@@ -150,7 +150,7 @@ class LossScaler:
     ) -> None:
         if not (init_scale > 0 and math.isfinite(init_scale)):
             raise ValueError(f"init_scale={init_scale} 应为有限的正数")
-        if growth_factor <= 1:
+        if not growth_factor > 1:
             raise ValueError(f"growth_factor={growth_factor} 应大于 1，否则不会增长")
         if not 0 < backoff_factor < 1:
             raise ValueError(f"backoff_factor={backoff_factor} 应在 0 与 1 之间，否则不会回退")
@@ -251,7 +251,7 @@ class LossScaler:
 
 def master_weights(model: nn.Module) -> list[Tensor]:
     """网络参数的 fp32 副本，与 ``model.parameters()`` 同序；优化器更新的是它们。"""
-    return [p.detach().float().clone().requires_grad_() for p in model.parameters()]
+    return [p.detach().float().clone().requires_grad_(p.requires_grad) for p in model.parameters()]
 
 
 def mixed_precision_step(
@@ -262,6 +262,8 @@ def mixed_precision_step(
     scaler: LossScaler | None,
 ) -> float:
     """一步混合精度训练：低精度的权重与激活，fp32 的主权重；返回（未缩放的）损失。
+
+    返回时 ``model`` 里仍是更新之前的权重，下一步开头才舍入进来；评估、保存用主权重。
 
     参数:
         model: 低精度的网络；开始时把主权重舍入进它的参数。
@@ -277,7 +279,8 @@ def mixed_precision_step(
     loss = loss_fn(model)  # 2. 前向
     (loss if scaler is None else scaler.scale(loss)).backward()  # 3. 反向，梯度是低精度的
     for p, master in zip(model.parameters(), masters, strict=True):
-        master.grad = p.grad.float()  # 4. 先变成 fp32，再除以 s：次序反了就又下溢了
+        # 4. 先变成 fp32，再除以 s：次序反了就又下溢了
+        master.grad = None if p.grad is None else p.grad.float()
     if scaler is None:
         optimizer.step()
     else:

@@ -121,8 +121,9 @@ def compare(
     """
 
     def score(runs: list[Run]) -> float:
-        value = statistics.fmean(key(run) for run in runs)
-        return value if math.isfinite(value) else math.inf
+        if not all(math.isfinite(run.val_loss) for run in runs):
+            return math.inf  # 只看错误率会上当：全是 nan 的输出，argmax 是第 0 类
+        return statistics.fmean(key(run) for run in runs)
 
     total = sum(len(arm.knobs) * tune_seeds + len(seeds) - tune_seeds for arm in arms)
     done = []

@@ -218,7 +218,9 @@ def label_smoothing_cross_entropy(logits: Tensor, target: Tensor, smoothing: flo
     """
     _check_smoothing(smoothing)
     chosen = logits.gather(-1, target.unsqueeze(-1)).squeeze(-1)  # (B, C) -> (B,)
-    expected = (1 - smoothing) * chosen + smoothing * logits.mean(dim=-1)  # Σ_j q_j x_j
+    expected = (1 - smoothing) * chosen  # Σ_j q_j x_j
+    if smoothing:  # 被遮住的类 x_j = −∞，0 · (−∞) 是 nan
+        expected = expected + smoothing * logits.mean(dim=-1)
     return (log_sum_exp(logits) - expected).mean()
 
 

@@ -113,8 +113,9 @@ def _winner(comparisons: Sequence[Comparison], context: Context) -> Comparison:
     """验证集上最好的一方：挑选不看测试集；发散的排在最后。"""
 
     def score(c: Comparison) -> float:
-        value = statistics.fmean(context.key(run) for run in c.chosen)
-        return value if math.isfinite(value) else math.inf
+        if not all(math.isfinite(run.val_loss) for run in c.chosen):
+            return math.inf
+        return statistics.fmean(context.key(run) for run in c.chosen)
 
     return min(comparisons, key=score)
 
@@ -160,11 +161,10 @@ def report_optimizers(comparisons: Sequence[Comparison], context: Context) -> Re
     )
     winner, result = _main_result(comparisons, named["SGD"], context)
     results = [result]
-    muon = statistics.fmean(ratios["Muon"])
-    if math.isfinite(muon):
-        check = Check("Muon 达到 AdamW 最终验证损失的步数 ÷ 总步数", 1.0, (0.6, 0.95))
-        std = statistics.stdev(ratios["Muon"]) if len(ratios["Muon"]) > 1 else None
-        results.append(Result(check, muon, std))
+    shares = [min(share, 1.0) for share in ratios["Muon"]]  # 没有达到的，算作走完全程
+    check = Check("Muon 达到 AdamW 最终验证损失的步数 ÷ 总步数", 1.0, (0.6, 0.95))
+    std = statistics.stdev(shares) if len(shares) > 1 else None
+    results.append(Result(check, statistics.fmean(shares), std))
     return Report(figure, results, lines, {"steps_share": ratios, "winner": winner.arm.name})
 
 
@@ -188,7 +188,7 @@ def report_schedules(comparisons: Sequence[Comparison], context: Context) -> Rep
     figure = figures.schedules_figure(
         shapes, _curves(comparisons), _errors(comparisons), tested, named["constant"].knob
     )
-    lines = [f"      范围测试：损失最低处的学习率 {tested[0][int(np.argmin(tested[1]))]:.3g}"]
+    lines = [f"      范围测试：损失最低处的学习率 {tested[0][int(np.nanargmin(tested[1]))]:.3g}"]
     return Report(figure, [result], lines, {"winner": winner.arm.name})
 
 
@@ -207,9 +207,9 @@ def report_normalization(comparisons: Sequence[Comparison], context: Context) ->
     figure = figures.normalization_figure(_sweeps(comparisons), _errors(comparisons), _top(context))
     _, result = _main_result(comparisons, named["plain|none"], context)
     results = [result]
-    if widest["plain|none"]:
-        check = Check("无残差时能用的最大学习率：batch ÷ none", 1.0, (2.9, 100.0))
-        results.append(Result(check, widest["plain|batch"] / widest["plain|none"]))
+    none = max(widest["plain|none"], min(named["plain|none"].arm.knobs))  # 都训不动时取最小的
+    check = Check("无残差时能用的最大学习率：batch ÷ none", 1.0, (2.9, 100.0))
+    results.append(Result(check, widest["plain|batch"] / none))
     return Report(figure, results, lines, {"widest": widest})
 
 

@@ -358,4 +358,9 @@ def lr_range_test(
 
 def _forever(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterable[tuple[Tensor, Tensor]]:
     while True:
-        yield from batches
+        count = 0
+        for batch in batches:
+            count += 1
+            yield batch
+        if count == 0:
+            raise ValueError("batches 是空的，或只能走一遍：请传入列表、DataLoader 等")

@@ -194,3 +194,14 @@ def test_mutual_information_is_the_mean_divergence_from_the_average() -> None:
     assert_equal(mutual_information(draws), divergence)
     categorical = torch.distributions.Categorical(probs=mean)
     assert_equal(predictive_entropy(draws), categorical.entropy())
+
+
+def test_calibration_error_does_not_depend_on_the_precision_of_the_input() -> None:
+    logits = torch.randn(20_000, 3, generator=make_generator(0))
+    probabilities = torch.softmax(4 * logits, dim=-1)
+    labels = torch.randint(3, (20_000,), generator=make_generator(1))
+    exact = expected_calibration_error(probabilities.double(), labels)
+    assert exact > 0.3
+    assert expected_calibration_error(probabilities.bfloat16(), labels) == pytest.approx(
+        exact, abs=0.01
+    )

@@ -281,3 +281,14 @@ def test_mixed_precision_training_follows_fp32() -> None:
     for p, master in zip(reference.parameters(), masters, strict=True):
         assert (p - master).abs().max() < 5e-3
     assert all(p.dtype == torch.float16 for p in model.parameters())
+
+
+def test_frozen_parameters_stay_frozen_in_mixed_precision() -> None:
+    model = nn.Linear(3, 2).bfloat16()
+    model.bias.requires_grad_(False)
+    masters = master_weights(model)
+    optimizer = torch.optim.SGD([p for p in masters if p.requires_grad], lr=0.1)
+    before = [p.clone() for p in masters]
+    x = torch.ones(4, 3, dtype=torch.bfloat16)
+    mixed_precision_step(model, masters, optimizer, lambda m: m(x).float().square().sum(), None)
+    assert not torch.equal(masters[0], before[0]) and torch.equal(masters[1], before[1])

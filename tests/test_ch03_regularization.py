@@ -416,3 +416,9 @@ def test_nonfinite_norm(bad: float) -> None:
     nn.utils.clip_grad_norm_([official], 1.0)
     clip_grad_norm_([w], 1.0)
     assert torch.equal(w.grad.nan_to_num(7), official.grad.nan_to_num(7))
+
+
+def test_no_smoothing_tolerates_masked_classes() -> None:
+    logits, target = torch.tensor([[1.0, -math.inf, 2.0]]), torch.tensor([0])
+    expected = nn.functional.cross_entropy(logits, target)
+    torch.testing.assert_close(label_smoothing_cross_entropy(logits, target, 0.0), expected)

@@ -193,6 +193,14 @@ def test_lr_range_test_finds_the_stability_limit() -> None:
         lr_range_test(model, batches, loss_fn, optimizer, 1.0, 0.1, 10)
 
 
+@pytest.mark.parametrize("batches", [[], iter([(torch.ones(1, 1), torch.zeros(1, 1))])])
+def test_lr_range_test_refuses_what_it_cannot_repeat(batches: Any) -> None:
+    model = nn.Linear(1, 1)
+    loss_fn = nn.functional.mse_loss
+    with pytest.raises(ValueError, match="只能走一遍"):
+        lr_range_test(model, batches, loss_fn, SGD(model.parameters()), 1e-3, 1e-2, 5)
+
+
 def test_lr_range_test_smooths_like_adam() -> None:
     """损失恒定时，平滑之后也恒定：偏差修正使开头不偏向零。"""
     model = nn.Linear(1, 1)

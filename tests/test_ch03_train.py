@@ -174,6 +174,17 @@ def test_compare_picks_on_validation_then_adds_the_other_seeds() -> None:
     assert edge.at_edge()
 
 
+def test_divergence_loses_even_when_its_error_looks_good() -> None:
+    """全是 nan 的输出，argmax 是第 0 类，错误率看上去不坏。"""
+
+    def run_once(arm: Arm, knob: float, seed: int) -> Run:
+        return Run(knob, seed, None, [], math.nan if knob == 1.0 else 9.0, knob / 2)
+
+    arm = Arm("a", (1.0, 1.5), None)
+    (c,) = compare([arm], run_once, range(1), 1, lambda run: run.val_error)
+    assert c.knob == 1.5
+
+
 def test_standard_error_by_hand() -> None:
     assert standard_error([1.0, 2.0, 3.0]) == pytest.approx(1 / math.sqrt(3))
     assert math.isnan(standard_error([1.0]))
