@@ -13,7 +13,7 @@
 维度约定：``B, C, H, W``。
 
 参考: Krizhevsky, Sutskever, Hinton, 2012, ImageNet Classification with Deep Convolutional Neural
-Networks；Krizhevsky, 2014, arXiv:1404.5997（One weird trick）。README「七、AlexNet」。
+Networks；Krizhevsky, 2014, arXiv:1404.5997（One weird trick）。README「AlexNet」。
 """
 
 from __future__ import annotations

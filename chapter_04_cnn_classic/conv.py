@@ -18,7 +18,7 @@
 参考: LeCun et al., 1998, Gradient-Based Learning Applied to Document Recognition；
 Chellapilla et al., 2006, High Performance Convolutional Neural Networks for Document Processing
 （im2col）；Mathieu et al., 2013, arXiv:1312.5851（FFT）；Dumoulin 与 Visin, 2016,
-arXiv:1603.07285（尺寸公式）。README「二、卷积的三种写法」「三、反向传播」。
+arXiv:1603.07285（尺寸公式）。README「卷积的三种写法」「反向传播」。
 """
 
 from __future__ import annotations
@@ -139,7 +139,9 @@ def conv2d_naive(
     dilation: Size = 1,
     groups: int = 1,
 ) -> Tensor:
-    """照公式写的卷积：``y[o,p,q] = b[o] + Σ_c Σ_r Σ_s w[o,c,r,s] · x[c, p·s_h + r·d_h, q·s_w + s·d_w]``。
+    """照公式写的卷积：``y[o,p,q] = b[o] + Σ_c Σ_u Σ_v w[o,c,u,v] · x[c, p·s + u·d, q·s + v·d]``。
+
+    ``s`` 是步幅，``d`` 是空洞率（竖直与水平可以不同），``x`` 已填充，``c`` 只取同一组的通道。
 
     参数:
         x: ``(B, C, H, W)``。
@@ -149,7 +151,7 @@ def conv2d_naive(
 
     返回:
         ``(B, O, P, Q)``。乘加 ``B·O·P·Q·K`` 次，与另两种相同，但一次只算一个数，慢上千倍。
-    """  # noqa: E501
+    """
     check_shapes(x, weight, bias, groups)
     geometry = make_geometry(tuple(weight.shape[2:]), stride, padding, dilation, groups)
     height, width = geometry.output_size(*x.shape[2:])
@@ -162,10 +164,10 @@ def conv2d_naive(
         for p in range(height):
             for q in range(width):
                 for c in range(channels_in):
-                    for r in range(rows):
-                        for s in range(columns):
-                            pixel = x[:, first + c, p * step_h + r * gap_h, q * step_w + s * gap_w]
-                            y[:, o, p, q] += weight[o, c, r, s] * pixel
+                    for u in range(rows):
+                        for v in range(columns):
+                            pixel = x[:, first + c, p * step_h + u * gap_h, q * step_w + v * gap_w]
+                            y[:, o, p, q] += weight[o, c, u, v] * pixel
     return add_bias(y, bias)
 
 

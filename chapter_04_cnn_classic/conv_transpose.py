@@ -6,7 +6,7 @@
 维度约定同 ``conv.py``；这里输入是卷积的输出 ``(B, C, P, Q)``，输出是卷积的输入 ``(B, O, H, W)``。
 
 参考: Zeiler et al., 2010, Deconvolutional Networks；Dumoulin 与 Visin, 2016, arXiv:1603.07285。
-README「四、转置卷积」。
+README「转置卷积」。
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 ``use_handmade`` 把一个网络里的官方层就地换成这里的，权重不动；因此本章的每个网络都能整个跑在
 自己写的层上（``train.py --handmade``）。
 
-参考: README「二、卷积的三种写法」。
+参考: README「卷积的三种写法」。
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ RBF 的 7×12 字形用七段数码管的样式，论文用印刷体点阵；输
 维度约定：``B, C, H, W``。
 
 参考: LeCun, Bottou, Bengio, Haffner, 1998, Gradient-Based Learning Applied to Document
-Recognition, Proceedings of the IEEE 86(11)，II.B 节与表 I。README「六、LeNet」。
+Recognition, Proceedings of the IEEE 86(11)，II.B 节与表 I。README「LeNet」。
 """
 
 from __future__ import annotations

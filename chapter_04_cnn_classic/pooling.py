@@ -8,7 +8,7 @@
 维度约定：``B, C, H, W`` 输入；``P Q`` 输出高宽；``R S`` 窗口高宽。
 
 参考: Scherer et al., 2010, Evaluation of Pooling Operations in Convolutional Architectures；
-Lin et al., 2013, arXiv:1312.4400（全局平均池化）。README「五、池化」。
+Lin et al., 2013, arXiv:1312.4400（全局平均池化）。README「池化」。
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ ImageNet 形式的参数名、参数量与输出都与 torchvision 相同，官�
 
 参考: Simonyan 与 Zisserman, 2014, Very Deep Convolutional Networks for Large-Scale Image
 Recognition, arXiv:1409.1556，表 1；Ioffe 与 Szegedy, 2015, arXiv:1502.03167（BatchNorm）。
-README「八、VGG」。
+README「VGG」。
 """
 
 from __future__ import annotations

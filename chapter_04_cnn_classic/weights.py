@@ -1,0 +1,47 @@
+"""装入 torchvision 的官方权重：键、形状逐项核对，不相配时一行说清是哪一项。"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from utils import UserError
+
+
+def load_torchvision_weights(model: nn.Module, path: Path | str) -> nn.Module:
+    """把 ``.pth`` 文件里的 state_dict 装进 ``model`` 并返回它；任何一项不相配都不改动 ``model``。
+
+    参数:
+        model: 本章 ImageNet 形式的网络，如 ``vgg16()``。
+        path: torchvision 发布的权重文件，如 ``vgg16-397923af.pth``；只含张量，安全地读取。
+
+    异常:
+        UserError: 文件缺失或损坏，内容不是 state_dict，或者属于另一个模型。
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"找不到权重文件 {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"权重文件 {path} 已损坏或不可信（{reason[:80]}）") from error
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise UserError(f"权重文件 {path} 的内容不是 state_dict（名字到张量的字典）")
+    wanted = model.state_dict()
+    name = type(model).__name__
+    for key in (*wanted, *state):
+        if key not in state:
+            raise UserError(f"权重文件 {path} 不属于 {name}：缺少 {key}")
+        if key not in wanted:
+            raise UserError(f"权重文件 {path} 不属于 {name}：多出 {key}")
+        if state[key].shape != wanted[key].shape:
+            raise UserError(
+                f"权重文件 {path} 不属于这个 {name}：{key} 应为 {tuple(wanted[key].shape)}，"
+                f"文件里是 {tuple(state[key].shape)}"
+            )
+    model.load_state_dict(state)
+    return model
