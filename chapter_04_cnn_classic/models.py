@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from chapter_04_cnn_classic.alexnet import alexnet_small
@@ -70,7 +71,10 @@ MODELS: dict[str, Recipe] = {
 def build_model(name: str, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
     """按名字构造小图网络；图太小等不相配之处变成一行错误。"""
     try:
-        return MODELS[name].make(num_classes, in_channels, image_size)
+        model = MODELS[name].make(num_classes, in_channels, image_size)
+        with torch.no_grad():  # 送进一张空图：图太小的网络这时就会报错
+            model.eval()(torch.zeros(1, in_channels, image_size, image_size))
+        return model.train()
     except UserError:
         raise
     except ValueError as error:

@@ -170,8 +170,7 @@ def fit(
                 "config": config,
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
-                "schedule": {"last_epoch": schedule.last_epoch, "_step_count": schedule._step_count}
-                | {"_last_lr": schedule.get_last_lr()},
+                "schedule": schedule.state_dict(),
                 "generator": generator.get_state(),
                 "rng": capture_rng(),
                 "history": history,

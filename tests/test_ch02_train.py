@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from chapter_02_nn_basics_mlp import showcase, tasks, train
 from chapter_02_nn_basics_mlp.losses import cross_entropy, mse
 from chapter_02_nn_basics_mlp.mlp import MLP
 from chapter_02_nn_basics_mlp.tasks import correct, make_task, squared_error
+from tests.resuming import flatten, interrupt_after
 from utils import UserError, datasets, load_json, make_generator
 from utils.datasets import TensorBatches
 from utils.file_io_util import REPO_ROOT, CheckpointManager, load_checkpoint
@@ -68,30 +68,6 @@ def outcome(out_dir: Path) -> dict[str, Any]:
         found[str(path.relative_to(out_dir))] = flatten(load_checkpoint(path))
     assert len(list(out_dir.glob("*.pt"))) == 2
     return found
-
-
-def flatten(value: Any) -> Any:
-    """把张量换成字节，这样 ``==`` 就是逐位相同。"""
-    if isinstance(value, Tensor):
-        return value.dtype, tuple(value.shape), value.numpy().tobytes()
-    if isinstance(value, dict):
-        return {key: flatten(item) for key, item in value.items()}
-    return [flatten(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def interrupt_after(monkeypatch: pytest.MonkeyPatch, saves: int) -> Callable[[], None]:
-    """使第 ``saves + 1`` 次保存检查点之前被 Ctrl-C 打断；返回恢复原状的函数。"""
-    original, done = CheckpointManager.save, 0
-
-    def save(self: CheckpointManager, step: int, state: dict[str, Any]) -> Path:
-        nonlocal done
-        if done == saves:
-            raise KeyboardInterrupt
-        done += 1
-        return original(self, step, state)
-
-    monkeypatch.setattr(CheckpointManager, "save", save)
-    return lambda: monkeypatch.setattr(CheckpointManager, "save", original)
 
 
 # ---------------------------------------------------------------- 循环本身
