@@ -170,7 +170,7 @@ class LeNet1998(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.c1 = nn.Conv2d(1, 6, kernel_size=5)  # 32 -> 28；与论文一样，C1 与 C3 之后没有激活
+        self.c1 = nn.Conv2d(1, 6, kernel_size=5)  # 32 -> 28
         self.s2 = Subsampling(6)  # 28 -> 14
         self.c3 = SparseConv2d(C3_TABLE, 6, kernel=5)  # 14 -> 10
         self.s4 = Subsampling(16)  # 10 -> 5
@@ -190,6 +190,7 @@ class LeNet1998(nn.Module):
             )
         if x.shape[-1] == 28:
             x = F.pad(x, (2, 2, 2, 2), mode="replicate")  # 补背景：归一化之后的黑不是零
-        x = self.s4(self.c3(self.s2(self.c1(x))))
+        x = self.s2(self.activation(self.c1(x)))
+        x = self.s4(self.activation(self.c3(x)))
         x = self.activation(self.c5(x).flatten(1))
         return self.output(self.activation(self.f6(x)))
