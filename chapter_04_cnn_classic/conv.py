@@ -23,6 +23,7 @@ arXiv:1603.07285（尺寸公式）。README「卷积的三种写法」「反向�
 
 from __future__ import annotations
 
+import math
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ Size = int | tuple[int, int]
 
 def as_pair(value: Size, name: str, at_least: int = 1) -> tuple[int, int]:
     """``3`` -> ``(3, 3)``；不是整数、个数不对或太小则报错。"""
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2 or not all(isinstance(v, int) and v >= at_least for v in pair):
         raise ValueError(f"{name}={value!r} 应为一个或两个不小于 {at_least} 的整数")
     return pair
@@ -90,6 +91,7 @@ def make_geometry(
     groups: int = 1,
 ) -> Geometry:
     """检查并展开 ``F.conv2d`` 的参数；``padding`` 可为 ``"same"``（步幅须为 1）或 ``"valid"``。"""
+    kernel = as_pair(kernel, "核的高宽")
     stride, dilation = as_pair(stride, "stride"), as_pair(dilation, "dilation")
     if padding == "same":
         if stride != (1, 1):
@@ -119,8 +121,13 @@ def check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) ->
             f"通道不相配：输入有 {x.shape[1]} 个，核 {tuple(weight.shape)} 分 {groups} 组，"
             f"应有 {weight.shape[1] * max(groups, 1)} 个，且输出通道数须被组数整除"
         )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias 应为 ({weight.shape[0]},)，实为 {tuple(bias.shape)}")
+    check_bias(bias, weight.shape[0])
+
+
+def check_bias(bias: Tensor | None, channels: int) -> None:
+    """``bias`` 应为 ``(channels,)``；长为 1 时若不查，会被悄悄广播到各通道。"""
+    if bias is not None and bias.shape != (channels,):
+        raise ValueError(f"bias 应为 ({channels},)，实为 {tuple(bias.shape)}")
 
 
 def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
@@ -252,11 +259,12 @@ def conv_grad_weight(x: Tensor, grad: Tensor, geometry: Geometry) -> Tensor:
     """``∂L/∂w = Σ_b ∂L/∂y · im2col(x)ᵀ``，返回 ``(O, C/G, R, S)``。"""
     groups, size = geometry.groups, tuple(grad.shape[2:])
     padded = F.pad(x, geometry.pads)
-    total: Tensor | float = 0.0
+    per_group = grad.shape[1] // groups, x.shape[1] // groups * math.prod(geometry.kernel)
+    total = grad.new_zeros(groups, *per_group)  # (G, O/G, K)；批量为 0 时梯度就是零
     for part in _chunks(x, geometry, size):
         rows = grad[part].flatten(2).unflatten(1, (groups, -1))  # (b, G, O/G, L)
         columns = im2col(padded[part], geometry, size)  # (b, G, K, L)：重算比存着省 R·S 倍内存
-        total = total + (rows @ columns.transpose(2, 3)).sum(dim=0)
+        total += (rows @ columns.transpose(2, 3)).sum(dim=0)
     return total.view(grad.shape[1], -1, *geometry.kernel)
 
 
@@ -337,7 +345,7 @@ def conv2d_fft(
     y = torch.fft.irfft2(y_freq, s=tuple(size))
     step_h, step_w = geometry.stride
     y = y[:, :, : step_h * (height - 1) + 1 : step_h, : step_w * (width - 1) + 1 : step_w]
-    return add_bias(y, bias)
+    return add_bias(y.contiguous(), bias)
 
 
 def true_conv2d(x: Tensor, weight: Tensor, **options: Any) -> Tensor:

@@ -22,6 +22,7 @@ from chapter_04_cnn_classic.conv import (
     Size,
     add_bias,
     as_pair,
+    check_bias,
     conv_forward,
     conv_grad_input,
     conv_grad_weight,
@@ -38,7 +39,9 @@ class _ConvTranspose2d(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.geometry = geometry
-        return conv_grad_input(x.contiguous(), weight, geometry, size)
+        # 裁去填充得到的是视图：复制一份，输出才能就地修改（如 ReLU(inplace=True)）、才能 view
+        y = conv_grad_input(x.contiguous(), weight, geometry, size)
+        return y.clone(memory_format=torch.contiguous_format)
 
     @staticmethod
     @once_differentiable
@@ -86,6 +89,7 @@ def conv_transpose2d(
         raise ValueError(
             f"通道不相配：输入有 {x.shape[1]} 个，核 {tuple(weight.shape)} 的第一维应与之相等"
         )
+    check_bias(bias, weight.shape[1] * groups)
     if isinstance(padding, str):
         raise ValueError(f"转置卷积的 padding={padding!r} 应为整数")
     geometry = make_geometry(tuple(weight.shape[2:]), stride, padding, dilation, groups)

@@ -137,37 +137,84 @@ class AdaptiveAvgPool2d(nn.Module):
 # ---------------------------------------------------------------- 换上手写的层
 
 
+def _only(layer: nn.Module, **supported: object) -> None:
+    """官方层的这些选项手写的层没有：取了别的值就报错，而不是悄悄算成另一种。"""
+    for name, value in supported.items():
+        actual = getattr(layer, name)
+        if actual != value and actual != (value, value):
+            raise ValueError(
+                f"手写的 {type(layer).__name__} 只支持 {name}={value!r}，实为 {actual!r}"
+            )
+
+
 def _handmade_conv(layer: nn.Conv2d) -> Conv2d:
-    ours = Conv2d(
-        layer.in_channels,
-        layer.out_channels,
-        layer.kernel_size,
-        layer.stride,
-        layer.padding,
-        layer.dilation,
-        layer.groups,
-        layer.bias is not None,
-    )
+    _only(layer, padding_mode="zeros")
+    with torch.device("meta"):  # 参数马上换掉：不占内存，也不动全局随机数
+        ours = Conv2d(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.groups,
+            layer.bias is not None,
+        )
     ours.weight, ours.bias = layer.weight, layer.bias  # 同一份参数，优化器不必重建
     return ours
 
 
+def _handmade_conv_transpose(layer: nn.ConvTranspose2d) -> ConvTranspose2d:
+    with torch.device("meta"):
+        ours = ConvTranspose2d(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            layer.stride,
+            layer.padding,
+            layer.output_padding,
+            layer.groups,
+            layer.bias is not None,
+            layer.dilation,
+        )
+    ours.weight, ours.bias = layer.weight, layer.bias
+    return ours
+
+
+def _handmade_max_pool(layer: nn.MaxPool2d) -> MaxPool2d:
+    _only(layer, dilation=1, ceil_mode=False)
+    return MaxPool2d(layer.kernel_size, layer.stride, layer.padding, layer.return_indices)
+
+
+def _handmade_avg_pool(layer: nn.AvgPool2d) -> AvgPool2d:
+    _only(layer, ceil_mode=False, divisor_override=None)
+    return AvgPool2d(layer.kernel_size, layer.stride, layer.padding, layer.count_include_pad)
+
+
 HANDMADE: dict[type[nn.Module], Callable[..., nn.Module]] = {
     nn.Conv2d: _handmade_conv,
-    nn.MaxPool2d: lambda layer: MaxPool2d(layer.kernel_size, layer.stride, layer.padding),
-    nn.AvgPool2d: lambda layer: AvgPool2d(
-        layer.kernel_size, layer.stride, layer.padding, layer.count_include_pad
-    ),
+    nn.ConvTranspose2d: _handmade_conv_transpose,
+    nn.MaxPool2d: _handmade_max_pool,
+    nn.AvgPool2d: _handmade_avg_pool,
     nn.AdaptiveAvgPool2d: lambda layer: AdaptiveAvgPool2d(layer.output_size),
 }
 
 
 def use_handmade(model: nn.Module) -> nn.Module:
-    """把 ``model`` 里的官方卷积与池化层就地换成手写的，返回 ``model``；state_dict 不变。"""
-    for name, child in model.named_children():
-        make = HANDMADE.get(type(child))
-        if make is None:
-            use_handmade(child)
-        else:
-            setattr(model, name, make(child).train(child.training))
+    """把 ``model`` 里的官方卷积与池化层就地换成手写的，返回 ``model``；state_dict 不变。
+
+    ``model`` 本身就是这样一层时，返回的是换成的那一层。
+
+    异常:
+        ValueError: 有的层用了手写的层没有的选项（如 ``ceil_mode``）。
+    """
+    # remove_duplicate=False：同一层登记在两个名字下时，两处都换
+    for path, layer in list(model.named_modules(remove_duplicate=False)):
+        if type(layer) not in HANDMADE:
+            continue
+        ours = HANDMADE[type(layer)](layer).train(layer.training)
+        if not path:
+            return ours
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, ours)
     return model

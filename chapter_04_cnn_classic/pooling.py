@@ -29,6 +29,7 @@ def _window_geometry(x: Tensor, kernel: Size, stride: Size | None, padding: Size
     if x.ndim != 4:
         raise ValueError(f"池化的输入应为 (B, C, H, W)，实为 {tuple(x.shape)}")
     size = as_pair(kernel, "kernel_size")
+    padding = as_pair(padding, "padding", at_least=0)
     geometry = make_geometry(size, size if stride is None else stride, padding)
     if 2 * geometry.pads[2] > size[0] or 2 * geometry.pads[0] > size[1]:
         raise ValueError(f"padding={padding} 至多为窗口 {kernel} 的一半，否则有的窗口里没有像素")
@@ -86,13 +87,12 @@ class _MaxPool2d(torch.autograd.Function):
 def _flat_indices(winner: Tensor, geometry: Geometry, width: int) -> Tensor:
     """窗口内的编号 ``r·S + s`` -> 未填充的图上的一维下标 ``h·W + w``。"""
     left, _, top, _ = geometry.pads
-    rows = (
-        torch.arange(winner.shape[2], device=winner.device).view(-1, 1) * geometry.stride[0] - top
-    )
+    rows = torch.arange(winner.shape[2], device=winner.device) * geometry.stride[0] - top
     columns = torch.arange(winner.shape[3], device=winner.device) * geometry.stride[1] - left
-    kernel_width = geometry.kernel[1]
-    offset = winner // kernel_width * width + winner % kernel_width
-    return offset + rows * width + columns
+    row = winner // geometry.kernel[1] + rows.view(-1, 1)
+    column = winner % geometry.kernel[1] + columns
+    # 窗口里全是 −∞ 时胜者停在左上角，那里可能是填充：截到 0，正是窗口里第一个真实的像素
+    return row.clamp(min=0) * width + column.clamp(min=0)
 
 
 def max_pool2d(
@@ -176,9 +176,10 @@ def adaptive_avg_pool2d(x: Tensor, output_size: Size) -> Tensor:
     """自适应平均池化，``(B, C, H, W) -> (B, C, P, Q)``，``P Q`` 由 ``output_size`` 给定。
 
     平均是可分离的线性运算：``y = A_h · x · A_wᵀ``，两次矩阵乘法即可；梯度就是它们的转置。
+    代价是 ``0 · nan = nan``：一个 inf 或 nan 会染遍同一通道的所有输出，官方只染它所在的窗口。
     """
-    if x.ndim != 4:
-        raise ValueError(f"池化的输入应为 (B, C, H, W)，实为 {tuple(x.shape)}")
+    if x.ndim != 4 or 0 in x.shape[2:]:
+        raise ValueError(f"池化的输入应为 (B, C, H, W)，H、W 至少为 1，实为 {tuple(x.shape)}")
     height, width = as_pair(output_size, "output_size")
     rows = _averaging_matrix(x.shape[2], height, x)
     columns = _averaging_matrix(x.shape[3], width, x)
