@@ -18,7 +18,6 @@ Networks；Krizhevsky, 2014, arXiv:1404.5997（One weird trick）。README「Ale
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from chapter_04_cnn_classic.inputs import check_image
@@ -81,9 +80,9 @@ def local_response_norm(
     """
     half = size // 2
     squares = nn.functional.pad(x.square(), (0, 0, 0, 0, half, size - 1 - half))
-    # 通道方向的前缀和：窗口和是两个前缀和之差，与 size 无关
-    total = torch.cat([torch.zeros_like(squares[:, :1]), squares.cumsum(dim=1)], dim=1)
-    return x / (k + alpha * (total[:, size:] - total[:, :-size])) ** beta
+    # 错开的 size 份直接相加。前缀和之差虽与 size 无关，却是大数相减：通道间悬殊时 float32 只剩三位
+    total = sum(squares[:, j : j + x.shape[1]] for j in range(size))
+    return x / (k + alpha * total) ** beta
 
 
 class LocalResponseNorm(nn.Module):
@@ -93,36 +92,49 @@ class LocalResponseNorm(nn.Module):
         return local_response_norm(x)
 
 
-def alexnet_2012(num_classes: int = 1000) -> nn.Sequential:
-    """2012 年的 AlexNet，``(B, 3, 227, 227) -> (B, num_classes)``，60965224 个参数（1000 类）。
+class AlexNet2012(nn.Module):
+    """2012 年的 AlexNet，``(B, 3, 227, 227) -> (B, num_classes)``。
 
     论文写的输入是 224，但按所给的步幅与核只有 227（或补边）才得到 55×55。
     """
-    return nn.Sequential(
-        nn.Conv2d(3, 96, kernel_size=11, stride=4),  # 227 -> 55
-        nn.ReLU(inplace=True),
-        LocalResponseNorm(),
-        nn.MaxPool2d(kernel_size=3, stride=2),  # 55 -> 27
-        nn.Conv2d(96, 256, kernel_size=5, padding=2, groups=2),
-        nn.ReLU(inplace=True),
-        LocalResponseNorm(),
-        nn.MaxPool2d(kernel_size=3, stride=2),  # 27 -> 13
-        nn.Conv2d(256, 384, kernel_size=3, padding=1),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(384, 384, kernel_size=3, padding=1, groups=2),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(384, 256, kernel_size=3, padding=1, groups=2),
-        nn.ReLU(inplace=True),
-        nn.MaxPool2d(kernel_size=3, stride=2),  # 13 -> 6
-        nn.Flatten(),
-        nn.Linear(256 * 6 * 6, 4096),
-        nn.ReLU(inplace=True),
-        nn.Dropout(),
-        nn.Linear(4096, 4096),
-        nn.ReLU(inplace=True),
-        nn.Dropout(),
-        nn.Linear(4096, num_classes),
-    )
+
+    def __init__(self, num_classes: int = 1000) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 96, kernel_size=11, stride=4),  # 227 -> 55
+            nn.ReLU(inplace=True),
+            LocalResponseNorm(),
+            nn.MaxPool2d(kernel_size=3, stride=2),  # 55 -> 27
+            nn.Conv2d(96, 256, kernel_size=5, padding=2, groups=2),
+            nn.ReLU(inplace=True),
+            LocalResponseNorm(),
+            nn.MaxPool2d(kernel_size=3, stride=2),  # 27 -> 13
+            nn.Conv2d(256, 384, kernel_size=3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(384, 384, kernel_size=3, padding=1, groups=2),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(384, 256, kernel_size=3, padding=1, groups=2),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(kernel_size=3, stride=2),  # 13 -> 6
+        )
+        self.classifier = nn.Sequential(
+            nn.Linear(256 * 6 * 6, 4096),
+            nn.ReLU(inplace=True),
+            nn.Dropout(),
+            nn.Linear(4096, 4096),
+            nn.ReLU(inplace=True),
+            nn.Dropout(),
+            nn.Linear(4096, num_classes),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_image(x, 3, 227, "AlexNet2012", exact=True)
+        return self.classifier(self.features(x).flatten(1))
+
+
+def alexnet_2012(num_classes: int = 1000) -> AlexNet2012:
+    """2012 年的 AlexNet，60965224 个参数（1000 类）。"""
+    return AlexNet2012(num_classes)
 
 
 # ---------------------------------------------------------------- 小图

@@ -148,6 +148,10 @@ class VGGSmall(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        if depth not in CONFIGS or width < 1:
+            raise ValueError(
+                f"VGG 的 depth 应为 {sorted(CONFIGS)} 之一，width 至少为 1，实为 {depth} 与 {width}"
+            )
         self.in_channels = in_channels
         config = tuple(c if c == "M" else c * width // 64 for c in CONFIGS[depth][:-1])
         self.features = make_features(config, in_channels, batch_norm)
