@@ -172,6 +172,7 @@ def test_rejects_nonsense(
         (X, (4, 2, 3, 3), None, {"output_padding": -1}, "output_padding=-1"),
         (X, (4, 2, 3, 3), None, {"stride": (2, 3), "output_padding": 2}, "=2 应小于步幅 2 .*率 1"),
         (X, (4, 2, 3, 3), None, {"padding": 4}, r"输出大小 \(-1, 0\) 应为正"),
+        (X, (4, 2, 3, 3), None, {"padding": (0, 4)}, r"输出大小 \(7, 0\) 应为正"),
     ],
 )
 def test_transposed_convolution_rejects_nonsense(
