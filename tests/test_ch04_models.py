@@ -288,12 +288,15 @@ def test_lenet1998_forward() -> None:
     assert y.shape == (3, 10) and (y <= 0).all()
     padded = F.pad(x, (2, 2, 2, 2), mode="replicate")
     assert torch.equal(model(padded), y)  # 28 像素就是边缘复制到 32 像素
-    features = F.avg_pool2d(model.c1(padded), 2)
-    s2 = 1.7159 * torch.tanh(2 / 3 * features)  # 起初系数 1/4、偏置 0：就是平均池化
-    s4 = 1.7159 * torch.tanh(2 / 3 * F.avg_pool2d(model.c3(s2), 2))
-    f6 = model.f6(1.7159 * torch.tanh(2 / 3 * model.c5(s4).flatten(1)))
-    squash = 1.7159 * torch.tanh(2 / 3 * f6)
-    assert_equal(y, -(torch.cdist(squash, digit_codes().double()) ** 2), 1e-11)
+
+    def squash(a: torch.Tensor) -> torch.Tensor:
+        return 1.7159 * torch.tanh(2 / 3 * a)
+
+    # 起初系数 1/4、偏置 0：下采样就是平均池化
+    s2 = squash(F.avg_pool2d(squash(model.c1(padded)), 2))
+    s4 = squash(F.avg_pool2d(squash(model.c3(s2)), 2))
+    f6 = squash(model.f6(squash(model.c5(s4).flatten(1))))
+    assert_equal(y, -(torch.cdist(f6, digit_codes().double()) ** 2), 1e-11)
     for name, fan_in in [("c1", 25), ("c5", 400), ("f6", 120)]:
         weight = getattr(LeNet1998(), name).weight
         assert 0.9 * 2.4 / fan_in < weight.abs().max() <= 2.4 / fan_in
