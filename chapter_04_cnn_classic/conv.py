@@ -131,6 +131,7 @@ def check_bias(bias: Tensor | None, channels: int) -> None:
 
 
 def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    """每个输出通道加上自己的偏置；``None`` 则原样返回。"""
     return y if bias is None else y + bias.view(1, -1, 1, 1)
 
 
