@@ -26,7 +26,15 @@ if not __package__:  # 直接运行脚本时，把仓库根目录加入模块搜
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from chapter_04_cnn_classic.boxes import Curve, Detections, Objects, mean_average_precision
-from chapter_04_cnn_classic.detector import STRIDE, Detector, decode, detection_loss, locations
+from chapter_04_cnn_classic.detector import (
+    STRIDE,
+    Detector,
+    assign_targets,
+    decode,
+    detection_loss,
+    ideal_output,
+    locations,
+)
 from chapter_04_cnn_classic.figures_detection import detection_figure
 from chapter_04_cnn_classic.scenes import CLASS_NAMES, Scenes, load_scenes
 from utils import (
@@ -105,6 +113,24 @@ def blind_guess(train: Scenes, count: int) -> list[Detections]:
     boxes = torch.stack([boxes.mean(dim=0) for boxes in known])
     scores = torch.tensor([len(boxes) / total for boxes in known])
     return [Detections(boxes, scores, torch.arange(len(known)))] * count
+
+
+def describe_assignment(scenes: Scenes) -> str:
+    """分配的一行统计：正样本的多少，有几个物体没有位置负责，照搬目标能得多少 mAP。"""
+    size = scenes.images.shape[-1]
+    points = locations(size // STRIDE, size // STRIDE)
+    classes, owners = assign_targets(points, scenes.boxes, scenes.labels)
+    positive = classes >= 0
+    same = (owners.unsqueeze(2) == scenes.boxes.unsqueeze(1)).all(dim=-1)  # (N, L, M)
+    real = scenes.labels >= 0
+    missed = real & ~(same & positive.unsqueeze(2)).any(dim=1)
+    ideal = ideal_output(points, scenes.boxes, scenes.labels, len(CLASS_NAMES))
+    truths = real_objects(scenes)
+    ceiling, _ = mean_average_precision(decode(ideal, (size, size)), truths, len(CLASS_NAMES))
+    return (
+        f"{len(points)} 个位置里平均 {positive.sum(dim=1).float().mean():.1f} 个正样本；"
+        f"{real.sum()} 个物体里 {missed.sum()} 个没有位置负责；照搬目标 mAP {100 * ceiling:.2f}%"
+    )
 
 
 # ---------------------------------------------------------------- 训练循环
@@ -272,6 +298,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         model = Detector(len(CLASS_NAMES)).to(device.device)
         size = splits["train"].images.shape[1:]
         print(model_summary(model, torch.zeros(1, *size, device=device.device)))
+        print(f"分配  测试集：{describe_assignment(test)}")
         guesses = blind_guess(splits["train"], len(truths))
         chance, _ = mean_average_precision(guesses, truths, len(CLASS_NAMES))
         expectation = Expectation("测试 mAP@0.5", chance, BAND, percent=True)

@@ -147,6 +147,21 @@ def detection_loss(output: Output, points: Tensor, boxes: Tensor, labels: Tensor
     return Losses(classification, box)
 
 
+def ideal_output(points: Tensor, boxes: Tensor, labels: Tensor, num_classes: int) -> Output:
+    """训练目标本身当作输出：正样本的得分近于 1，框恰为真值。
+
+    把它解码、再算 mAP，得到的是分配与 NMS 的上限：被同类大框遮住而遭 NMS 去掉的、太小而没有
+    位置负责的，网络再好也找不回来。低得离谱就说明编码或解码写错了，应在训练之前查。
+
+    参数:
+        points, boxes, labels: 同 ``assign_targets``。
+        num_classes: 类别数 ``K``。
+    """
+    classes, targets = assign_targets(points, boxes, labels)
+    wanted = classes.unsqueeze(-1) == torch.arange(num_classes, device=classes.device)
+    return Output(torch.where(wanted, 10.0, -10.0), targets)
+
+
 @torch.no_grad()
 def decode(
     output: Output,

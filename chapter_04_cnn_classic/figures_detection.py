@@ -16,28 +16,29 @@ from utils.plot import MUTED, PALETTE
 
 SHOWN = 6  # 画多少个场景
 SCORE = 0.3  # 画出的检出至少有这样的得分
-COLORS = ("#56B4E9", "#E69F00", "#F0E442", "#CC79A7")  # 在深浅背景上都看得清
+COLORS = PALETTE[: len(CLASS_NAMES)]  # 各类的颜色，框与曲线一致
 
 
 def draw_boxes(axes: Axes, boxes: Tensor, labels: Tensor, scores: Tensor | None = None) -> None:
-    """在图上画框，颜色是类别；给出得分时写在框的上沿。"""
-    texts = [None] * len(boxes) if scores is None else [f"{value:.2f}" for value in scores.tolist()]
-    for (x1, y1, x2, y2), label, text in zip(boxes.tolist(), labels.tolist(), texts, strict=True):
+    """在图上画框，颜色是类别；给出得分时写在框的上沿，得分高的画在上面。"""
+    marks = ["" for _ in labels] if scores is None else [f"{v:.2f}" for v in scores.tolist()]
+    drawn = list(zip(boxes.tolist(), labels.tolist(), marks, strict=True))
+    for (x1, y1, x2, y2), label, text in reversed(drawn):
         # 像素 i 占 [i, i+1)，而 imshow 把它的中心放在 i
         corner = (x1 - 0.5, y1 - 0.5)
-        for color, width in (("black", 3.0), (COLORS[label], 1.6)):
+        for color, width in (("white", 3.2), (COLORS[label], 1.7)):
             axes.add_patch(
                 Rectangle(corner, x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=width)
             )
-        if text is not None:
+        if text:
             axes.text(
                 max(corner[0], 0.5),
                 max(corner[1], 5.5),
                 text,
                 fontsize=6,
                 va="bottom",
-                color="black",
-                bbox={"facecolor": COLORS[label], "edgecolor": "none", "pad": 0.8},
+                color="white",
+                bbox={"facecolor": COLORS[label], "edgecolor": "none", "pad": 1.0},
             )
 
 
@@ -56,21 +57,16 @@ def draw_scenes(figure: Figure, scenes: Scenes, found: Sequence[Detections]) -> 
             continue
         real = scenes.labels[column] >= 0
         draw_boxes(axes[0, column], scenes.boxes[column][real], scenes.labels[column][real])
-        sure = found[column].scores >= SCORE
-        draw_boxes(
-            axes[1, column],
-            *(
-                part[sure]
-                for part in (found[column].boxes, found[column].labels, found[column].scores)
-            ),
-        )
+        boxes, scores, labels = found[column]
+        sure = scores >= SCORE
+        draw_boxes(axes[1, column], boxes[sure], labels[sure], scores[sure])
     axes[0, 0].set_ylabel("truth", fontweight="bold")
-    axes[1, 0].set_ylabel("predicted", fontweight="bold")
+    axes[1, 0].set_ylabel(f"score ≥ {SCORE}", fontweight="bold")
 
 
 def draw_curves(axes: Axes, curves: Sequence[Curve]) -> None:
     """各类的查准率—查全率曲线。"""
-    for name, color, curve in zip(CLASS_NAMES, PALETTE, curves, strict=False):
+    for name, color, curve in zip(CLASS_NAMES, COLORS, curves, strict=True):
         axes.plot(curve.recall, curve.precision, color=color, label=f"{name}, AP {curve.ap:.3f}")
     axes.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
     axes.set_title("precision–recall at IoU 0.5 (test)")
@@ -82,14 +78,14 @@ def draw_history(axes: Axes, history: Sequence[dict[str, float]]) -> None:
     epochs = [row["epoch"] for row in history]
     marker = "o" if len(epochs) == 1 else None
     for key, name, color in (
-        ("class_loss", "focal loss", PALETTE[0]),
-        ("box_loss", "GIoU loss", PALETTE[1]),
+        ("class_loss", "focal loss", PALETTE[4]),
+        ("box_loss", "GIoU loss", PALETTE[5]),
     ):
         axes.plot(epochs, [row[key] for row in history], color=color, label=name, marker=marker)
     axes.set(xlabel="epoch", ylabel="training loss", title="training", ylim=(0, None))
     right = axes.twinx()
     values = [row["val_map"] for row in history]
-    right.plot(epochs, values, color=PALETTE[2], label="validation mAP@0.5", marker=marker)
+    right.plot(epochs, values, color=PALETTE[6], label="validation mAP@0.5", marker=marker)
     right.set(ylim=(0, 1), ylabel="mAP@0.5")
     right.grid(False)
     right.spines["right"].set_visible(True)

@@ -20,11 +20,12 @@ from chapter_04_cnn_classic.detector import (
     boxes_from_distances,
     decode,
     detection_loss,
+    ideal_output,
     locations,
     prior_bias,
     sigmoid_focal_loss,
 )
-from chapter_04_cnn_classic.scenes import CLASS_NAMES, Scenes, make_scenes
+from chapter_04_cnn_classic.scenes import CLASS_NAMES, make_scenes
 from tests.invariants import assert_batch_independent
 from tests.parity import assert_equal, autograd, normal
 from tests.resuming import flatten, interrupt_after
@@ -131,18 +132,9 @@ def test_loss_without_objects_is_finite_and_has_no_box_term() -> None:
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-def perfect_output(scenes: Scenes) -> Output:
-    """由真值造出的输出：正样本的得分很高，框恰好是真实的框。"""
-    classes, boxes = assign_targets(locations(16, 16), scenes.boxes, scenes.labels)
-    logits = torch.full((*classes.shape, len(CLASS_NAMES)), -10.0)
-    positive = classes != BACKGROUND
-    logits[positive, classes[positive]] = 10.0
-    return Output(logits, boxes)
-
-
 def test_encoding_and_decoding_the_truth_gives_nearly_perfect_scores() -> None:
     scenes = make_scenes(40, make_generator(3))
-    output = perfect_output(scenes)
+    output = ideal_output(locations(16, 16), scenes.boxes, scenes.labels, len(CLASS_NAMES))
     found, truths = decode(output, (64, 64)), detection.real_objects(scenes)
     score, _ = mean_average_precision(found, truths, len(CLASS_NAMES))
     assert score > 0.97  # 差的一点：被同类的大框遮住、NMS 去掉的，与没有位置可用的小块
@@ -216,6 +208,16 @@ def test_symmetries_move_boxes_with_the_pixels() -> None:
     assert len(after.flatten(1).unique(dim=0)) == 8  # 八种都出现了
     for image, (x1, y1, x2, y2) in zip(moved[:, 0], after[:, 0].int().tolist(), strict=True):
         assert image.sum() == 10 and image[y1:y2, x1:x2].sum() == 10
+
+
+def test_assignment_report_counts_objects_without_a_location() -> None:
+    scenes = make_scenes(2, make_generator(0))
+    boxes, labels = torch.zeros(2, 4, 4), torch.full((2, 4), -1)
+    boxes[0, 0], labels[0, 0] = torch.tensor([8.0, 8, 24, 24]), 1
+    boxes[1, 2], labels[1, 2] = torch.tensor([2.5, 2.5, 5.5, 5.5]), 0  # 落在四个位置之间
+    report = detection.describe_assignment(scenes._replace(boxes=boxes, labels=labels))
+    assert report.startswith("256 个位置里平均 8.0 个正样本；2 个物体里 1 个没有位置负责")
+    assert report.endswith("mAP 50.00%")
 
 
 def test_blind_guess_is_nearly_worthless() -> None:
