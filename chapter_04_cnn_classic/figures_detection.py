@@ -15,7 +15,7 @@ from chapter_04_cnn_classic.scenes import CLASS_NAMES, Scenes
 from utils.plot import MUTED, PALETTE
 
 SHOWN = 6  # 画多少个场景
-SCORE = 0.3  # 画出的检出至少有这样的得分
+SCORE = 0.4  # 画出的检出至少有这样的得分
 COLORS = PALETTE[: len(CLASS_NAMES)]  # 各类的颜色，框与曲线一致
 
 
@@ -61,7 +61,7 @@ def draw_scenes(figure: Figure, scenes: Scenes, found: Sequence[Detections]) -> 
         sure = scores >= SCORE
         draw_boxes(axes[1, column], boxes[sure], labels[sure], scores[sure])
     axes[0, 0].set_ylabel("truth", fontweight="bold")
-    axes[1, 0].set_ylabel(f"score ≥ {SCORE}", fontweight="bold")
+    axes[1, 0].set_ylabel(f"predicted\nscore ≥ {SCORE}", fontweight="bold")
 
 
 def draw_curves(axes: Axes, curves: Sequence[Curve]) -> None:
@@ -90,7 +90,9 @@ def draw_history(axes: Axes, history: Sequence[dict[str, float]]) -> None:
     right.grid(False)
     right.spines["right"].set_visible(True)
     lines = [*axes.get_lines(), *right.get_lines()]
-    axes.legend(lines, [line.get_label() for line in lines], loc="center right")
+    axes.legend(
+        lines, [line.get_label() for line in lines], loc="center right", bbox_to_anchor=(1, 0.62)
+    )
 
 
 def detection_figure(

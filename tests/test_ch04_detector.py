@@ -14,6 +14,7 @@ from chapter_04_cnn_classic import detection
 from chapter_04_cnn_classic.boxes import Detections, Objects, box_iou, mean_average_precision
 from chapter_04_cnn_classic.detector import (
     BACKGROUND,
+    PRIOR,
     Detector,
     Output,
     assign_targets,
@@ -30,6 +31,7 @@ from tests.invariants import assert_batch_independent
 from tests.parity import assert_equal, autograd, normal
 from tests.resuming import flatten, interrupt_after
 from utils import UserError, make_generator
+from utils.datasets import channel_stats
 from utils.file_io_util import load_checkpoint
 
 # ---------------------------------------------------------------- focal loss
@@ -81,18 +83,32 @@ def test_focal_loss_is_finite_and_exact_for_extreme_logits() -> None:
     assert at_forty.item() == pytest.approx(exact, rel=1e-12)
 
 
-def test_prior_bias_keeps_the_first_loss_small() -> None:
-    assert torch.tensor(prior_bias(0.01), dtype=torch.float64).sigmoid().item() == (
-        pytest.approx(0.01)
+@pytest.mark.parametrize(("prior", "first_loss"), [(0.01, 1.1), (0.5, 6.2)])
+def test_prior_bias_leaves_the_first_loss_to_the_objects(prior: float, first_loss: float) -> None:
+    """detection.md 里的两个数：先验 0.01 时几乎全来自物体；没有先验时几乎全来自背景。"""
+    scenes, model = make_scenes(64, make_generator(0)), Detector(len(CLASS_NAMES))
+    torch.nn.init.constant_(model.class_head[-1].bias, prior_bias(prior))
+    ((x, _),) = detection.scene_batches(scenes, 64, channel_stats(scenes.images), "cpu")
+    output, points = model(x), locations(16, 16)
+    assert output.logits.sigmoid().mean().item() == pytest.approx(prior, rel=0.1)
+    losses = detection_loss(output, points, scenes.boxes, scenes.labels)
+    assert losses.classification.item() == pytest.approx(first_loss, abs=0.1)
+    positive = assign_targets(points, scenes.boxes, scenes.labels)[0] != BACKGROUND
+    background = sigmoid_focal_loss(
+        output.logits[~positive], torch.zeros_like(output.logits[~positive])
     )
-    model, x = Detector(4).eval(), normal(2, 3, 64, 64).float()
-    probabilities = model(x).logits.sigmoid()
-    assert probabilities.mean().item() == pytest.approx(0.01, rel=0.2)
-    background = torch.zeros(1000)
-    ratio = sigmoid_focal_loss(torch.zeros(1000), background).sum() / (
-        sigmoid_focal_loss(torch.full((1000,), prior_bias(0.01)), background).sum()
+    share = background.sum() / positive.sum() / losses.classification
+    assert share > 0.9 if prior == 0.5 else share < 0.01
+
+
+def test_default_prior_is_the_one_of_the_paper() -> None:
+    bias = Detector(4).class_head[-1].bias
+    assert bias.sigmoid().tolist() == pytest.approx([0.01] * 4) and PRIOR == 0.01
+    easy = torch.tensor([prior_bias(0.01), 0.0], dtype=torch.float64)
+    small, large = sigmoid_focal_loss(easy, torch.zeros(2)).tolist()
+    assert large == pytest.approx(0.130, abs=5e-4) and large / small == pytest.approx(
+        1.7e5, rel=0.02
     )
-    assert ratio > 1e5  # detection.md：没有先验偏置，背景的损失大十万倍
 
 
 # ---------------------------------------------------------------- 位置、分配与解码
@@ -181,7 +197,7 @@ def test_errors_are_one_line(call, message: str) -> None:
 
 def test_overfits_a_few_scenes() -> None:
     scenes = make_scenes(6, make_generator(0))
-    stats = detection.channel_stats(scenes.images)
+    stats = channel_stats(scenes.images)
     batches = detection.scene_batches(scenes, 6, stats, "cpu")
     model = Detector(len(CLASS_NAMES), width=12)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
