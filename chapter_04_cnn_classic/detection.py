@@ -298,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         model = Detector(len(CLASS_NAMES)).to(device.device)
         size = splits["train"].images.shape[1:]
         print(model_summary(model, torch.zeros(1, *size, device=device.device)))
-        print(f"分配  测试集：{describe_assignment(test)}")
+        print(f"分配  验证集：{describe_assignment(splits['val'])}")
         guesses = blind_guess(splits["train"], len(truths))
         chance, _ = mean_average_precision(guesses, truths, len(CLASS_NAMES))
         expectation = Expectation("测试 mAP@0.5", chance, BAND, percent=True)
