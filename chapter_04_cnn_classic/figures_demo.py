@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 
@@ -57,7 +58,7 @@ def edge_figure(
         show(figure.add_subplot(cells[0, index]), picture, title, **options)
     axes = figure.add_subplot(cells[0, 3])
     kernel = runs["digits"][0]
-    heatmap(axes, kernel, text=".3f", colormap=DIVERGING, limits=(-2, 2))
+    heatmap(axes, kernel.round(3) + 0.0, text=".3f", colormap=DIVERGING, limits=(-2, 2))
     axes.set(xticks=[], yticks=[], aspect="equal")
     axes.set_title("learned kernel", fontsize=9)
     axes = figure.add_subplot(cells[1, :])
@@ -66,10 +67,15 @@ def edge_figure(
         color = PALETTE[index]
         axes.plot(steps, errors, color=color, label=rf"{name} ($\kappa={condition:.3g}$)")
         rate = (condition - 1) / (condition + 1)
-        theory = np.maximum(2 * rate**steps, 1e-17)
+        theory = np.maximum(math.sqrt(12) * rate**steps, 1e-17)
         axes.plot(steps, theory, "--", color=color, linewidth=1)
     axes.plot(
-        [], [], "--", color=MUTED, linewidth=1, label=r"theory $2\,((\kappa-1)/(\kappa+1))^t$"
+        [],
+        [],
+        "--",
+        color=MUTED,
+        linewidth=1,
+        label=r"bound $\Vert w^*\Vert\,((\kappa-1)/(\kappa+1))^t$",
     )
     axes.axhline(1e-3, color=MUTED, linewidth=1, linestyle=":")
     axes.set(xlabel="gradient step", ylabel="max |kernel - Sobel|", xscale="log", yscale="log")
@@ -113,15 +119,15 @@ def equivariance_figure(
         x=shifts,
         xlabel="test images shifted right by (px)",
         ylabel="test accuracy (%)",
-        title="trained on centred digits only",
+        title="trained on digits within 1.5 px of the centre",
         references={"chance": 10.0},
     )
     for line in axes.lines[: len(curves)]:
         line.set_marker("o")
-    axes.set_ylim(0, 102)
-    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 0.1))
-    for place, picture, title in ((0.66, pictures[0], "0 px"), (0.83, pictures[1], "4 px")):
-        inset = axes.inset_axes((place, 0.74, 0.16, 0.22))
+    axes.set(ylim=(0, 118), yticks=range(0, 101, 20))
+    axes.legend(loc="upper center", ncols=3)
+    for place, picture, title in ((0.04, pictures[0], "0 px"), (0.22, pictures[1], "4 px")):
+        inset = axes.inset_axes((place, 0.17, 0.16, 0.22))
         show(inset, picture, title)
     return figure
 
@@ -132,7 +138,7 @@ def shuffled_figure(
     """左：一张图与它打乱之后；右：两种网络在原图与打乱的图上的准确率。"""
     figure, grid = new_figure(1, 3, size=(9.6, 3.2), width_ratios=[1, 1, 1.8])
     show(grid[0, 0], pair[0], "original")
-    show(grid[0, 1], pair[1], "same fixed permutation for all images")
+    show(grid[0, 1], pair[1], "pixels permuted")
     names = list(dict.fromkeys(name for name, _ in scores))
     bars = {
         label: [scores[name, shuffled] for name in names]

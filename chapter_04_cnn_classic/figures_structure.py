@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Circle, Rectangle
+from matplotlib.patches import Circle, Patch, Rectangle
 from torch import Tensor
 
 from utils.plot import MUTED, PALETTE, SEQUENTIAL, new_figure
@@ -83,6 +83,7 @@ def receptive_figure(
         axes.plot(range(1, len(values) + 1), 100 * np.array(values), "o-", markersize=4, label=name)
     axes.axhline(100, color=MUTED, linewidth=1, linestyle=":")
     axes.set(xlabel="layer (convolutions and pools)", ylabel="field / image side (%)")
+    axes.set_xticks(range(2, 19, 2))
     axes.set_title("theoretical receptive field", fontsize=10)
     axes.legend()
     _draw_maps(grid[0, 1], maps)
@@ -125,9 +126,9 @@ def cost_figure(costs: Mapping[str, Sequence[tuple[str, int, int, float]]]) -> F
             axes.set_ylabel(text)
             axes.grid(axis="x", visible=False)
         grid[2, column].tick_params(axis="x", rotation=60)
-    for color, label in ((PALETTE[0], "convolution"), (PALETTE[1], "fully connected")):
-        grid[0, 0].bar([], [], color=color, label=label)
-    grid[0, 0].legend(loc="upper left")
+    kinds = (("convolution", PALETTE[0]), ("fully connected", PALETTE[1]))
+    handles = [Patch(color=color, label=label) for label, color in kinds]
+    grid[0, 0].legend(handles=handles, loc="upper left")
     return figure
 
 

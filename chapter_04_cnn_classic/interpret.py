@@ -104,14 +104,15 @@ def occlusion(
 
     参数:
         window, stride: 窗口的边长与移动的步幅，像素。
-        fill: 盖上去的值，与 ``x`` 同一单位；一个数，或每通道一个 ``(C, 1, 1)``。归一化之后的 0
-            是平均的灰，不是黑；用哪一个会改变结果。
+        fill: 盖上去的值，与 ``x`` 同一单位；一个数，或能广播成 ``x`` 的形状的张量，例如每张图
+            自己的底色 ``(B, C, 1, 1)``。归一化之后的 0 是平均的灰，不是黑；用哪一个会改变结果。
         probability: 比较概率（论文的做法）还是 softmax 之前的得分。
 
     返回:
         ``(B, H, W)``；正的地方支持这一类，负的地方反对。
     """
     _check(x, target)
+    cover = torch.as_tensor(fill, dtype=x.dtype, device=x.device).expand_as(x)
     heat = torch.zeros_like(x[:, 0])
     count = torch.zeros_like(x[0, 0])
     with _inspected(model):
@@ -125,7 +126,7 @@ def occlusion(
             for left in window_starts(x.shape[3], window, stride):
                 area = (..., slice(top, top + window), slice(left, left + window))
                 covered = x.clone()
-                covered[area] = fill
+                covered[area] = cover[area]
                 heat[area] += (before - score(covered))[:, None, None]
                 count[area] += 1
     return heat / count
@@ -166,30 +167,30 @@ def grad_cam(model: nn.Module, x: Tensor, target: Tensor, layer: nn.Module) -> T
 
 
 @torch.no_grad()
-def feature_maps(
-    model: nn.Module, x: Tensor, layers: Sequence[nn.Module] | dict[str, nn.Module]
-) -> list[Tensor]:
+def feature_maps(model: nn.Module, x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
     """一次前向中各层的输出（副本）。
 
     参数:
-        layers: 要看的模块，按次序。
+        layers: 要看的模块。
 
     返回:
-        与 ``layers`` 等长的列表。
+        与 ``layers`` 等长、次序相同的列表。
+
+    异常:
+        ValueError: 前向没有经过其中某一层。
     """
-    wanted = list(layers.values()) if isinstance(layers, dict) else list(layers)
     found: dict[nn.Module, Tensor] = {}
     with _inspected(model) as handles:
-        for layer in wanted:
+        for layer in layers:
             # 立刻复制：后面就地的 ReLU 会改掉它
             handles.append(
                 layer.register_forward_hook(lambda m, a, out: found.update({m: out.clone()}))
             )
         model(x)
-    missing = [type(layer).__name__ for layer in wanted if layer not in found]
+    missing = [type(layer).__name__ for layer in layers if layer not in found]
     if missing:
         raise ValueError(f"前向没有经过这些层：{missing}")
-    return [found[layer] for layer in wanted]
+    return [found[layer] for layer in layers]
 
 
 # ---------------------------------------------------------------- 解释得对不对
@@ -202,7 +203,9 @@ def best_window(heat: Tensor, window: int) -> Tensor:
     return torch.stack([index // sums.shape[2], index % sums.shape[2]], dim=1)
 
 
-def random_window(count: int, size: tuple[int, int], window: int, generator: torch.Generator):
+def random_window(
+    count: int, size: tuple[int, int], window: int, generator: torch.Generator
+) -> Tensor:
     """``count`` 个随机的左上角，int64 ``(count, 2)``。"""
     rows, columns = (
         torch.randint(side - window + 1, (count,), generator=generator) for side in size
@@ -224,12 +227,25 @@ def deletion_drop(
     解释若忠实，盖住它说重要的地方，概率就应比盖住随机的地方降得多：这是不靠人眼的检验。
     """
     _check(x, target)
+    cover = torch.as_tensor(fill, dtype=x.dtype, device=x.device).expand_as(x)
     covered = x.clone()
-    for image, (top, left) in zip(covered, corners.tolist(), strict=True):
-        image[:, top : top + window, left : left + window] = fill
+    for index, (top, left) in enumerate(corners.tolist()):
+        area = (index, slice(None), slice(top, top + window), slice(left, left + window))
+        covered[area] = cover[area]
     with _inspected(model):
         before, after = (_scores(model(v).softmax(dim=1), target) for v in (x, covered))
     return before - after
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
+    """每张图两幅热图的斯皮尔曼秩相关，``(B, H, W)`` 两个 -> ``(B,)``。
+
+    把权重换成随机的，热图若几乎不变，它显示的就只是图像的边缘，与学到的东西无关
+    （Adebayo 等 2018 的理智检验）。并列的值按出现的次序排。
+    """
+    ranks = [v.flatten(1).argsort(dim=1).argsort(dim=1).double() for v in (a, b)]
+    centred = [r - r.mean(dim=1, keepdim=True) for r in ranks]
+    return F.cosine_similarity(*centred, dim=1)
 
 
 # ---------------------------------------------------------------- 对抗样本

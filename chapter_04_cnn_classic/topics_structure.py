@@ -188,7 +188,7 @@ def blur_pool(x: Tensor, stride: int) -> Tensor:
 
     单独的隔点取样会把高频混进低频（混叠）；采样之前先滤掉高频（Zhang, 2019, arXiv:1904.11486）。
     """
-    dense = max_pool2d(F.pad(x, (0, stride - 1, 0, stride - 1), mode="replicate"), stride, 1)[0]
+    dense = max_pool2d(F.pad(x, (0, stride - 1, 0, stride - 1), mode="reflect"), stride, 1)[0]
     line = x.new_tensor([1.0, 2.0, 1.0]) / 4
     kernel = torch.outer(line, line)[None, None].expand(x.shape[1], 1, 3, 3)
     dense = F.pad(dense, (1, 1, 1, 1), mode="replicate")
