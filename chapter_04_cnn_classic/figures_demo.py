@@ -120,8 +120,9 @@ def equivariance_figure(
         xlabel="test images shifted right by (px)",
         ylabel="test accuracy (%)",
         title="trained on digits within 1.5 px of the centre",
-        references={"chance": 10.0},
     )
+    axes.axhline(10, color=MUTED, linestyle="--", linewidth=1)
+    axes.text(0, 11, "chance", fontsize=8, color=MUTED, va="bottom")
     for line in axes.lines[: len(curves)]:
         line.set_marker("o")
     axes.set(ylim=(0, 118), yticks=range(0, 101, 20))
