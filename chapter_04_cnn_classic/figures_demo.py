@@ -125,8 +125,8 @@ def equivariance_figure(
     axes.text(0, 11, "chance", fontsize=8, color=MUTED, va="bottom")
     for line in axes.lines[: len(curves)]:
         line.set_marker("o")
-    axes.set(ylim=(0, 118), yticks=range(0, 101, 20))
-    axes.legend(loc="upper center", ncols=3)
+    axes.set(ylim=(0, 128), yticks=range(0, 101, 20))
+    axes.legend(loc="upper center", ncols=2)
     for place, picture, title in ((0.04, pictures[0], "0 px"), (0.22, pictures[1], "4 px")):
         inset = axes.inset_axes((place, 0.17, 0.16, 0.22))
         show(inset, picture, title)
