@@ -294,7 +294,7 @@ def expectations(dataset: str, model: str) -> dict[str, Expectation]:
     """
     found = {
         "attack": Check(
-            f"ε = {255 * STATED:.0f}/255：随机扰动与 FGSM 的准确率之差", 0.0, (0.1, 1.0)
+            f"ε = {255 * STATED:.0f}/255：随机扰动与 FGSM 的准确率之差", 0.0, (0.03, 1.0)
         )
     }
     bands = {"saliency": (0.05, 1.0), "occlusion": (0.2, 1.0)}
