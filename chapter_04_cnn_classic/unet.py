@@ -70,12 +70,12 @@ class UNet(nn.Module):
                 f"widths={tuple(widths)} 至少两级且为正，num_classes={num_classes} 至少为 2"
             )
         self.in_channels, self.depth, self.skips = in_channels, len(widths) - 1, skips
-        self.encoder, self.ups, self.decoder = (nn.ModuleList() for _ in range(3))
-        channels = in_channels
+        self.encoder, channels = nn.ModuleList(), in_channels
         for width in widths[:-1]:
             self.encoder.append(double_conv(channels, width))
             channels = width
         self.bottom = double_conv(channels, widths[-1])
+        self.ups, self.decoder = nn.ModuleList(), nn.ModuleList()
         for width, below in zip(widths[-2::-1], widths[:0:-1], strict=True):
             self.ups.append(nn.ConvTranspose2d(below, width, kernel_size=2, stride=2))
             self.decoder.append(double_conv(2 * width if skips else width, width))
