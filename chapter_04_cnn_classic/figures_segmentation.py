@@ -21,10 +21,12 @@ ROWS = ("scene", "truth", "prediction", "errors")
 
 
 def _show(axes: Axes, picture: np.ndarray, **options: object) -> None:
-    """一格图像：不要坐标，只留细边框。"""
+    """一格图像：不要坐标与边框。"""
     axes.imshow(picture, interpolation="nearest", **options)
     axes.set(xticks=[], yticks=[])
     axes.grid(False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
 
 
 def _draw_grid(
@@ -100,4 +102,5 @@ def segmentation_figure(
         references={"all background": chance},
     )
     right.set_ylim(0, 1)
+    right.xaxis.get_major_locator().set_params(integer=True)
     return figure
