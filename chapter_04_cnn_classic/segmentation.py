@@ -217,7 +217,7 @@ def check_config(saved: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(description="训练 U-Net 做语义分割")
-    add_common_args(parser, out_dir=HERE / "outputs", epochs=6, batch_size=32, lr=3e-3, resume=True)
+    add_common_args(parser, out_dir=HERE / "outputs", epochs=6, batch_size=16, lr=3e-3, resume=True)
     add = parser.add_argument
     add("--no-skips", action="store_true", help="去掉跳跃连接（对照）")
     add("--loss", choices=LOSSES, default=LOSSES[0], help="训练的损失")

@@ -81,21 +81,22 @@ def reach(function, size: int) -> int:
     return (columns[-1] - columns[0] + 1).item()
 
 
-def test_receptive_field_of_the_bottom_is_68_pixels_at_depth_3() -> None:
-    """``1 + 4(1 + 2 + 4 + 8) + (1 + 2 + 4) = 68``：ReLU 与最大池化换成处处有梯度的才量得全。"""
-    model = UNet(3, in_channels=2, widths=(2, 2, 2, 2)).double()
-    convs = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d) and m.padding == (1, 1)]
+@pytest.mark.parametrize(("depth", "expected"), [(3, 68), (4, 140)])
+def test_receptive_field_of_the_bottom(depth: int, expected: int) -> None:
+    """``1 + Σ 4·2^i + Σ 2^i``；激活与最大池化换成处处有梯度的，才量得全。"""
+    assert expected == 1 + 4 * (2 ** (depth + 1) - 1) + (2**depth - 1)
+    model = UNet(3, in_channels=2, widths=(2,) * (depth + 1)).double()
+    stages = [*model.encoder, model.bottom]
 
     def down(x: Tensor) -> Tensor:
-        for level in range(4):
-            for conv in convs[2 * level : 2 * level + 2]:
-                x = F.conv2d(x, conv.weight, padding=1)
-            x = F.avg_pool2d(x, 2) if level < 3 else x
+        for level, stage in enumerate(stages):
+            for conv in (layer for layer in stage if isinstance(layer, torch.nn.Conv2d)):
+                x = conv(x)
+            x = F.avg_pool2d(x, 2) if level < depth else x
         return x
 
-    assert reach(down, 160) == 68
-    full_resolution = 1 + 2 * 2  # 没有池化的两层 3×3
-    assert reach(lambda x: convs[1](convs[0](x)), 32) == full_resolution
+    assert reach(down, 2 * expected // 32 * 32) == expected
+    assert reach(lambda x: stages[0][3](stages[0][0](x)), 32) == 5  # 没有池化的两层 3×3
 
 
 @pytest.mark.parametrize("skips", [True, False])
@@ -205,6 +206,19 @@ def test_background_dilutes_cross_entropy_but_not_the_dice_of_the_foreground() -
         background = 2 * extra / (10 + extra + extra)
         loss = dice_loss(logits, labels, eps=0.0).item()
         assert loss == pytest.approx(1 - (background + 0) / 2) and loss > 0.5
+
+
+def test_confident_mistakes_move_cross_entropy_but_not_dice() -> None:
+    """错得十分肯定：交叉熵对得分的梯度仍近于 −1/n，Dice 的经 softmax 消失。"""
+    labels = torch.ones(1, 4, dtype=torch.int64)
+    gradients = []
+    for loss in (F.cross_entropy, dice_loss):
+        logits = torch.zeros(1, 2, 4, dtype=torch.float64)
+        logits[:, 0] = 20.0
+        logits.requires_grad_()
+        loss(logits, labels).backward()
+        gradients.append(logits.grad[0, 1, 0].item())
+    assert gradients[0] == pytest.approx(-1 / 4) and abs(gradients[1]) < 1e-8
 
 
 # ---------------------------------------------------------------- mIoU
