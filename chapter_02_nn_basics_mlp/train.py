@@ -17,7 +17,6 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +33,6 @@ from utils import (
     Result,
     Timer,
     TorchDevice,
-    UserError,
     add_common_args,
     conclude,
     get_device,
@@ -47,7 +45,7 @@ from utils import (
 from utils.cli import ArgumentParser, existing_file, int_list, positive_int
 from utils.datasets import IMAGE_DATASETS, TensorBatches
 from utils.file_io_util import CheckpointManager, save_checkpoint
-from utils.seed import capture_rng, restore_rng
+from utils.resume import TrainingState
 
 HERE = Path(__file__).resolve().parent
 
@@ -108,61 +106,24 @@ def fit(
     lr = args.lr * (task.baseline_lr if name == task.baseline else 1.0)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * len(train))
-    history: list[dict[str, float]] = []
-    best: dict[str, Any] = {"score": None, "weights": {}}
-    sign = 1 if task.expectation.higher_is_better else -1
-
-    checkpoints = CheckpointManager(folder)
-    config = {key: str(getattr(args, key)) for key in CONFIG_KEYS} | {"name": name, "seed": seed}
-    saved = checkpoints.load_latest() if args.resume else None
-    if saved is not None:
-        check_config(saved.get("config", {}), config)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
-        generator.set_state(saved["generator"])
-        restore_rng(saved["rng"])
-        history, best = saved["history"], saved["best"]
-
-    start = len(history)
-    with tqdm(total=args.epochs, initial=start, desc=f"{name} 种子 {seed}", unit="轮") as bar:
-        for epoch in range(start + 1, args.epochs + 1):
+    config = {key: getattr(args, key) for key in CONFIG_KEYS} | {"name": name, "seed": seed}
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    state = TrainingState(folder, config, generator, resume=args.resume, **parts)
+    better = task.expectation.higher_is_better
+    with tqdm(total=args.epochs, initial=state.epoch, desc=f"{name} 种子 {seed}", unit="轮") as bar:
+        while state.epoch < args.epochs:
             train_loss = train_one_epoch(model, train, task.loss, optimizer, schedule)
             val_loss, val_score = evaluate(model, val, task.loss, task.score)
-            row = {"epoch": epoch, "train_loss": train_loss}
-            history.append(row | {"val_loss": val_loss, "val_score": val_score})
-            if best["score"] is None or sign * val_score > sign * best["score"]:
-                weights = {key: value.clone() for key, value in model.state_dict().items()}
-                best = {"score": val_score, "weights": weights}
-            state = {
-                "config": config,
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-                "generator": generator.get_state(),
-                "rng": capture_rng(),
-                "history": history,
-                "best": best,
-            }
-            checkpoints.save(epoch, state)
+            row = {"train_loss": train_loss, "val_loss": val_loss, "val_score": val_score}
+            state.record(row, val_score, higher_is_better=better)
             bar.set_postfix_str(f"训练损失 {train_loss:.4f} 验证得分 {val_score:.4f}")
             bar.update()
-    return history, best["weights"]
+    return state.history, state.best_weights
 
 
 # 这些参数不同，就不是同一次训练，不能续
 _DATA_KEYS = ("task", "dataset", "data_dir", "csv", "column", "smoke")
 CONFIG_KEYS = (*_DATA_KEYS, "epochs", "batch_size", "lr", "hidden", "activation")
-
-
-def check_config(saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """续训的设置必须与检查点一致。"""
-    different = [key for key in wanted if saved.get(key) != wanted[key]]
-    if different:
-        listed = "、".join(f"{key} 原为 {saved.get(key)} 今为 {wanted[key]}" for key in different)
-        raise UserError(
-            f"--resume 的设置与检查点不同（{listed}）：改回原设置，或去掉 --resume 重训"
-        )
 
 
 # ---------------------------------------------------------------- 入口

@@ -47,11 +47,12 @@ def crop(x: Tensor, top: Tensor, left: Tensor, height: int, width: int) -> Tenso
     return windows[torch.arange(len(x), device=x.device), :, top, left]
 
 
-def shift(x: Tensor, down: Tensor, right: Tensor, fill: Tensor | float = 0.0) -> Tensor:
-    """整数平移：每张图下移 ``down``、右移 ``right`` 个像素（可为负）；都是 int64 ``(B,)``。
+def shift(x: Tensor, down: Tensor | int, right: Tensor | int, fill: Tensor | float = 0.0) -> Tensor:
+    """整数平移：下移 ``down``、右移 ``right`` 个像素（可为负）；整批相同，或每张图一个 ``(B,)``。
 
     「四周填充后随机裁回原大小」就是随机平移，因此只此一个函数。
     """
+    down, right = (torch.as_tensor(v, device=x.device).expand(len(x)) for v in (down, right))
     pixels = int(torch.stack([down, right]).abs().max())
     padded = _pad(x, pixels, fill)
     return crop(padded, pixels - down, pixels - right, *x.shape[2:])

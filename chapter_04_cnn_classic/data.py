@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from chapter_04_cnn_classic.augment import Augment
-from utils import UserError, make_generator
+from utils import UserError
 from utils.datasets import SPLITS, ImageBatches, ImageSet, channel_stats, load_images
 
 # 数字不能翻转；自然图像左右翻转后仍是同一类
@@ -113,12 +113,3 @@ def load_data(
         raise UserError(f"--data-dir {data_dir} 只有 {names} 一个类别：分类至少要两个类别的文件夹")
     mean, std = channel_stats(splits["train"].images)
     return Data(splits, mean, std, AUGMENTS[dataset])
-
-
-def synth_digits(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """小实验用的数字：归一化的 ``(count, 1, 28, 28)`` 与标签 ``(count,)``。"""
-    images, labels, _ = load_images(
-        "synth-digits", "train", generator=make_generator(seed), limit=count
-    )
-    (x, y), *_ = ImageBatches(images, labels, count)
-    return x, y

@@ -12,11 +12,9 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,13 +34,13 @@ from chapter_04_cnn_classic.detector import (
     locations,
 )
 from chapter_04_cnn_classic.figures_detection import detection_figure
+from chapter_04_cnn_classic.recipe import adamw_with_cosine
 from chapter_04_cnn_classic.scenes import CLASS_NAMES, Scenes, load_scenes
 from utils import (
     Expectation,
     Result,
     Timer,
     TorchDevice,
-    UserError,
     add_common_args,
     conclude,
     get_device,
@@ -54,8 +52,8 @@ from utils import (
 )
 from utils.cli import ArgumentParser, non_negative_float
 from utils.datasets import SPLITS, ImageBatches, channel_stats
-from utils.file_io_util import CheckpointManager, save_checkpoint
-from utils.seed import capture_rng, restore_rng
+from utils.file_io_util import save_checkpoint
+from utils.resume import TrainingState
 
 HERE = Path(__file__).resolve().parent
 EVAL_BATCH = 100
@@ -172,92 +170,38 @@ def evaluate(model: nn.Module, batches: ImageBatches) -> list[Detections]:
     return found
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """只衰减卷积核；偏置（连同先验偏置）与归一化的缩放、平移不衰减。"""
-    kernels = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    return [
-        {"params": kernels, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-
-
-def warmup_cosine(step: int, total: int) -> float:
-    """学习率的倍数：前 5% 的步数线性升到 1，然后按余弦降到 0。"""
-    warmup = max(1, total // 20)
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-
 def fit(
     model: nn.Module,
     splits: dict[str, Scenes],
     args: argparse.Namespace,
     device: TorchDevice,
-    checkpoints: CheckpointManager,
-) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
-    """训练；返回 (逐轮记录, 验证集上最好的一轮的权重)，模型停在最后一轮。"""
+    folder: Path,
+) -> TrainingState:
+    """训练；返回逐轮记录与验证集上最好的一轮的权重，模型停在最后一轮。"""
     generator = make_generator(args.seed)  # 打乱与增强的随机性
     stats = channel_stats(splits["train"].images)
     train = scene_batches(splits["train"], args.batch_size, stats, device.device, generator)
     val = scene_batches(splits["val"], EVAL_BATCH, stats, device.device)
     truths = real_objects(splits["val"])
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr)
-    total = args.epochs * len(train)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, total))
-    history: list[dict[str, float]] = []
-    best: dict[str, Any] = {"map": -1.0, "weights": {}}
-
-    config = {key: str(getattr(args, key)) for key in CONFIG_KEYS}
-    saved = checkpoints.load_latest() if args.resume else None
-    if saved is not None:
-        check_config(saved.get("config", {}), config)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
-        generator.set_state(saved["generator"])
-        restore_rng(saved["rng"])
-        history, best = saved["history"], saved["best"]
-
-    start = len(history)
-    with tqdm(total=args.epochs, initial=start, desc="检测", unit="轮") as bar:
-        for epoch in range(start + 1, args.epochs + 1):
-            losses = train_one_epoch(model, train, optimizer, schedule, generator)
+    optimizer, schedule = adamw_with_cosine(
+        model, args.lr, args.weight_decay, args.epochs * len(train)
+    )
+    config = {key: getattr(args, key) for key in CONFIG_KEYS}
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    state = TrainingState(folder, config, generator, resume=args.resume, **parts)
+    with tqdm(total=args.epochs, initial=state.epoch, desc="检测", unit="轮") as bar:
+        while state.epoch < args.epochs:
+            class_loss, box_loss = train_one_epoch(model, train, optimizer, schedule, generator)
             score, _ = mean_average_precision(evaluate(model, val), truths, len(CLASS_NAMES))
-            names = ("epoch", "class_loss", "box_loss", "val_map")
-            history.append(dict(zip(names, (epoch, *losses, score), strict=True)))
-            if score > best["map"]:
-                weights = {key: value.clone() for key, value in model.state_dict().items()}
-                best = {"map": score, "weights": weights}
-            state = {
-                "config": config,
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-                "generator": generator.get_state(),
-                "rng": capture_rng(),
-                "history": history,
-                "best": best,
-            }
-            checkpoints.save(epoch, state)
-            bar.set_postfix_str(f"损失 {losses[0]:.3f} + {losses[1]:.3f}，验证 mAP {score:.3f}")
+            row = {"class_loss": class_loss, "box_loss": box_loss, "val_map": score}
+            state.record(row, score)
+            bar.set_postfix_str(f"损失 {class_loss:.3f} + {box_loss:.3f}，验证 mAP {score:.3f}")
             bar.update()
-    return history, best["weights"]
+    return state
 
 
 # 这些参数不同，就不是同一次训练，不能续
 CONFIG_KEYS = ("smoke", "epochs", "batch_size", "lr", "weight_decay", "seed")
-
-
-def check_config(saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """续训的设置必须与检查点一致。"""
-    different = [key for key in wanted if saved.get(key) != wanted[key]]
-    if different:
-        listed = "、".join(f"{key} 原为 {saved.get(key)} 今为 {wanted[key]}" for key in different)
-        raise UserError(
-            f"--resume 的设置与检查点不同（{listed}）：改回原设置，或去掉 --resume 重训"
-        )
 
 
 # ---------------------------------------------------------------- 入口
@@ -303,11 +247,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
         chance, _ = mean_average_precision(guesses, truths, len(CLASS_NAMES))
         expectation = Expectation("测试 mAP@0.5", chance, BAND, percent=True)
         print(expectation.announce())
-        checkpoints = CheckpointManager(out_dir / "checkpoints")
-        if not args.resume:  # 旧的一个不留，否则续训会接上从前另一次训练的检查点
-            checkpoints.clear()
-        history, weights = fit(model, splits, args, device, checkpoints)
-        model.load_state_dict(weights)
+        state = fit(model, splits, args, device, out_dir / "checkpoints")
+        model.load_state_dict(state.best_weights)
         timer.lap("训练")
         stats = channel_stats(splits["train"].images)
         found = evaluate(model, scene_batches(test, EVAL_BATCH, stats, device.device))
@@ -316,16 +257,16 @@ def main(argv: Sequence[str] | None = None) -> dict:
         timer.lap("测试")
     print(f"测试  mAP@0.5 {expectation.format(score)}，mAP@0.75 {expectation.format(strict)}")
     print(f"各类  AP@0.5：{describe(curves)}")
-    save_checkpoint(out_dir / "best.pt", weights)
+    save_checkpoint(out_dir / "best.pt", state.best_weights)
     return conclude(
         out_dir,
         [Result(expectation, score)],
         timer,
         smoke=args.smoke,
-        figures={"detection.png": detection_figure(test, found, curves, history)},
+        figures={"detection.png": detection_figure(test, found, curves, state.history)},
         map75=strict,
         class_ap={name: curve.ap for name, curve in zip(CLASS_NAMES, curves, strict=True)},
-        history=history,
+        history=state.history,
         laps=timer.laps,
     )
 

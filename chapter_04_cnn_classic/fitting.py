@@ -80,19 +80,3 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 500) -> f
     model.eval()
     pairs = zip(x.split(batch_size), y.split(batch_size), strict=True)
     return sum((model(a).argmax(dim=1) == b).sum().item() for a, b in pairs) / len(x)
-
-
-def shift_images(x: Tensor, down: int, right: int, fill: float | Tensor = 0.0) -> Tensor:
-    """整批图像平移若干像素（负数为向上、向左），露出的地方填 ``fill``。"""
-    height, width = x.shape[-2:]
-    if abs(down) >= height or abs(right) >= width:
-        raise ValueError(f"平移 ({down}, {right}) 应小于图像的边长 ({height}, {width})")
-    out = torch.empty_like(x)
-    out[:] = fill
-    to = (slice(max(down, 0), height + min(down, 0)), slice(max(right, 0), width + min(right, 0)))
-    source = (
-        slice(max(-down, 0), height + min(-down, 0)),
-        slice(max(-right, 0), width + min(-right, 0)),
-    )
-    out[(..., *to)] = x[(..., *source)]
-    return out

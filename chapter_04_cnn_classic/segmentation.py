@@ -14,7 +14,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ if not __package__:  # 直接运行脚本时，把仓库根目录加入模块搜
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from chapter_04_cnn_classic.figures_segmentation import segmentation_figure
+from chapter_04_cnn_classic.recipe import adamw_with_cosine
 from chapter_04_cnn_classic.scenes import CLASS_NAMES, Scenes, load_scenes
 from chapter_04_cnn_classic.unet import UNet, class_iou, confusion_counts, dice_loss, mean_iou
 from utils import (
@@ -32,7 +33,6 @@ from utils import (
     Result,
     Timer,
     TorchDevice,
-    UserError,
     add_common_args,
     conclude,
     get_device,
@@ -44,8 +44,8 @@ from utils import (
 )
 from utils.cli import ArgumentParser
 from utils.datasets import SPLITS, ImageBatches, channel_stats
-from utils.file_io_util import CheckpointManager, save_checkpoint
-from utils.seed import capture_rng, restore_rng
+from utils.file_io_util import save_checkpoint
+from utils.resume import TrainingState
 
 HERE = Path(__file__).resolve().parent
 NAMES = ("background", *CLASS_NAMES)
@@ -144,72 +144,30 @@ def evaluate(model: nn.Module, batches: ImageBatches, loss_kind: str) -> tuple[f
 
 
 def fit(
-    model: nn.Module,
-    data: Data,
-    args: argparse.Namespace,
-    device: TorchDevice,
-    checkpoints: CheckpointManager,
-) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
-    """训练；返回 (逐轮记录, 验证集上最好的一轮的权重)，模型停在最后一轮。"""
+    model: nn.Module, data: Data, args: argparse.Namespace, device: TorchDevice, folder: Path
+) -> TrainingState:
+    """训练；返回逐轮记录与验证集上最好的一轮的权重，模型停在最后一轮。"""
     generator = make_generator(args.seed)  # 打乱与翻转的随机性
     train = data.batches("train", args.batch_size, device, generator)
     val = data.batches("val", EVAL_BATCH, device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(  # 升到 --lr，再按余弦降到接近零
-        optimizer, args.lr, args.epochs * len(train), pct_start=0.2, cycle_momentum=False
-    )
-    history: list[dict[str, float]] = []
-    best: dict[str, Any] = {"miou": -1.0, "weights": {}}
-
-    config = {key: str(getattr(args, key)) for key in CONFIG_KEYS}
-    saved = checkpoints.load_latest() if args.resume else None
-    if saved is not None:
-        check_config(saved.get("config", {}), config)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
-        generator.set_state(saved["generator"])
-        restore_rng(saved["rng"])
-        history, best = saved["history"], saved["best"]
-
-    start = len(history)
-    with tqdm(total=args.epochs, initial=start, desc="U-Net", unit="轮") as bar:
-        for epoch in range(start + 1, args.epochs + 1):
+    optimizer, schedule = adamw_with_cosine(model, args.lr, WEIGHT_DECAY, args.epochs * len(train))
+    config = {key: getattr(args, key) for key in CONFIG_KEYS}
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    state = TrainingState(folder, config, generator, resume=args.resume, **parts)
+    with tqdm(total=args.epochs, initial=state.epoch, desc="U-Net", unit="轮") as bar:
+        while state.epoch < args.epochs:
             train_loss = train_one_epoch(model, train, args.loss, optimizer, schedule)
             val_loss, counts = evaluate(model, val, args.loss)
-            row = {"train_loss": train_loss, "val_loss": val_loss, "val_miou": mean_iou(counts)}
-            history.append({"epoch": epoch} | row)
-            if row["val_miou"] > best["miou"]:
-                weights = {key: value.clone() for key, value in model.state_dict().items()}
-                best = {"miou": row["val_miou"], "weights": weights}
-            state = {
-                "config": config,
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-                "generator": generator.get_state(),
-                "rng": capture_rng(),
-                "history": history,
-                "best": best,
-            }
-            checkpoints.save(epoch, state)
-            bar.set_postfix_str(f"训练损失 {train_loss:.4f} 验证 mIoU {row['val_miou']:.4f}")
+            score = mean_iou(counts)
+            row = {"train_loss": train_loss, "val_loss": val_loss, "val_miou": score}
+            state.record(row, score)
+            bar.set_postfix_str(f"训练损失 {train_loss:.4f} 验证 mIoU {score:.4f}")
             bar.update()
-    return history, best["weights"]
+    return state
 
 
 # 这些参数不同，就不是同一次训练，不能续
 CONFIG_KEYS = ("no_skips", "loss", "smoke", "epochs", "batch_size", "lr", "seed")
-
-
-def check_config(saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """续训的设置必须与检查点一致。"""
-    different = [key for key in wanted if saved.get(key) != wanted[key]]
-    if different:
-        listed = "、".join(f"{key} 原为 {saved.get(key)} 今为 {wanted[key]}" for key in different)
-        raise UserError(
-            f"--resume 的设置与检查点不同（{listed}）：改回原设置，或去掉 --resume 重训"
-        )
 
 
 # ---------------------------------------------------------------- 入口
@@ -263,11 +221,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
         chance = background_miou(data.splits["test"].masks)
         expectation = Expectation("测试 mIoU", chance, BANDS[args.no_skips])
         print(expectation.announce())
-        checkpoints = CheckpointManager(out_dir / "checkpoints")
-        if not args.resume:  # 旧的一个不留，否则续训会接上从前另一次训练的检查点
-            checkpoints.clear()
-        history, weights = fit(model, data, args, device, checkpoints)
-        model.load_state_dict(weights)
+        state = fit(model, data, args, device, out_dir / "checkpoints")
+        model.load_state_dict(state.best_weights)
         timer.lap("训练")
         test = data.batches("test", EVAL_BATCH, device)
         test_loss, counts = evaluate(model, test, args.loss)
@@ -275,11 +230,11 @@ def main(argv: Sequence[str] | None = None) -> dict:
     score, ious = mean_iou(counts), class_iou(counts).tolist()
     listed = "，".join(f"{name} {iou:.4f}" for name, iou in zip(NAMES, ious, strict=True))
     print(f"测试  损失 {test_loss:.4f}，各类 IoU：{listed}")
-    save_checkpoint(out_dir / "best.pt", weights)
+    save_checkpoint(out_dir / "best.pt", state.best_weights)
     scenes = data.splits["test"]
     guesses = predict(model, test, SHOWN)
     figure = segmentation_figure(
-        scenes.images, scenes.masks, guesses, ious, history, NAMES, chance, score
+        scenes.images, scenes.masks, guesses, ious, state.history, NAMES, chance, score
     )
     return conclude(
         out_dir,
@@ -290,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         test_loss=test_loss,
         class_iou=dict(zip(NAMES, ious, strict=True)),
         confusion=counts.tolist(),
-        history=history,
+        history=state.history,
         laps=timer.laps,
     )
 

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chapter_04_cnn_classic import figures_demo as figures
+from chapter_04_cnn_classic.augment import Augment, shift
 from chapter_04_cnn_classic.conv import conv2d_im2col
 from chapter_04_cnn_classic.fitting import (
     Images,
     accuracy,
     fit,
     normalized,
-    shift_images,
     small_mlp,
 )
 from chapter_04_cnn_classic.lenet import lenet5
@@ -133,9 +133,9 @@ def equivariance_gaps(x: Tensor, weight: Tensor) -> dict[str, list[float]]:
     gaps = {}
     for name, (layer, stride) in layers.items():
         plain, found = layer(x), []
-        for shift in (1, 2):
-            moved = layer(x.roll(shift, dims=3))
-            options = {shift // stride, -(-shift // stride)}
+        for step in (1, 2):
+            moved = layer(x.roll(step, dims=3))
+            options = {step // stride, -(-step // stride)}
             found.append(min(relative_gap(moved, plain.roll(o, dims=3)) for o in options))
         gaps[name] = found
     return gaps
@@ -183,10 +183,10 @@ def topic_equivariance(seed: int, smoke: bool) -> Outcome:
     for name, model in models.items():
         lr = 4e-3 if name.startswith("conv") else 2e-3
         fit(model, train[:2], 1 if smoke else 6, make_generator(seed), lr=lr)
-        curves[name] = [accuracy(model, shift_images(test.x, 0, s, fill), test.y) for s in shifts]
+        curves[name] = [accuracy(model, shift(test.x, 0, s, fill), test.y) for s in shifts]
         row = "  ".join(f"{s}px {100 * a:.1f}%" for s, a in zip(shifts, curves[name], strict=True))
         print(f"  {name:18s} 向右平移的测试准确率  {row}")
-    middle = shift_images(test.x[:1], 0, 4, fill[:1])[0, 0]
+    middle = shift(test.x[:1], 0, 4, fill[:1])[0, 0]
     kept = {name: values[6] / values[0] for name, values in curves.items()}
     lead = curves["LeNet"][4] - curves["MLP"][4]
     checks = [
@@ -261,25 +261,6 @@ def topic_shuffled(seed: int, smoke: bool) -> Outcome:
 # ---------------------------------------------------------------- 增强与 BatchNorm
 
 
-def random_affine(x: Tensor, generator: torch.Generator) -> Tensor:
-    """每张图各自旋转 ±0.25 弧度、缩放 0.85 至 1.15 倍、平移 ±2 像素；双线性，边缘复制。"""
-
-    def uniform(low: float, high: float) -> Tensor:
-        return torch.rand(len(x), generator=generator) * (high - low) + low
-
-    angle, scale = uniform(-0.25, 0.25), uniform(0.85, 1.15)
-    step = 2 * 2 / x.shape[3]  # 采样坐标里整幅图宽 2，故 2 像素是 4/W
-    theta = torch.stack(
-        [
-            torch.stack([angle.cos() / scale, -angle.sin() / scale, uniform(-step, step)], dim=1),
-            torch.stack([angle.sin() / scale, angle.cos() / scale, uniform(-step, step)], dim=1),
-        ],
-        dim=1,
-    )  # (B, 2, 3)
-    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
-
-
 def lenet_bn() -> nn.Module:
     """LeNet-5，每个卷积之后插一个 BatchNorm。"""
     model = lenet5()
@@ -296,13 +277,14 @@ def topic_ablation(seed: int, smoke: bool) -> Outcome:
     """标签很少时，增强与 BatchNorm 各值多少？"""
     count, epochs, seeds = (50, 1, 2) if smoke else (300, 30, 3)
     train, test = digits(count, 200 if smoke else 2000)
+    moved = Augment(shift=2, degrees=15, fill=-train.mean / train.std)
     scores: dict[tuple[bool, bool], list[float]] = {}
     for augment in (False, True):
         for norm in (False, True):
             for run in range(seeds):
                 set_seed(seed + run)
                 model = lenet_bn() if norm else lenet5()
-                transform = random_affine if augment else None
+                transform = moved if augment else None
                 fit(model, train[:2], epochs, make_generator(seed + run), transform=transform)
                 scores.setdefault((augment, norm), []).append(accuracy(model, test.x, test.y))
             mean, std = mean_std(scores[augment, norm])
@@ -324,7 +306,7 @@ def topic_ablation(seed: int, smoke: bool) -> Outcome:
             means[False, True] - means[False, False],
         ),
     ]
-    samples = random_affine(train.x[:1].expand(7, -1, -1, -1), make_generator(seed))
+    samples = moved(train.x[:1].expand(7, -1, -1, -1), make_generator(seed))
     pictures = torch.cat([train.x[:1], samples])[:, 0].numpy()
     return Outcome(figures.ablation_figure(pictures, scores), checks)
 

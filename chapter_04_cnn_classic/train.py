@@ -14,11 +14,9 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,12 +30,12 @@ from chapter_04_cnn_classic import figures
 from chapter_04_cnn_classic.data import Data, load_data
 from chapter_04_cnn_classic.layers import use_handmade
 from chapter_04_cnn_classic.models import MODELS, build_model
+from chapter_04_cnn_classic.recipe import adamw_with_cosine
 from utils import (
     Expectation,
     Result,
     Timer,
     TorchDevice,
-    UserError,
     add_common_args,
     conclude,
     get_device,
@@ -49,8 +47,8 @@ from utils import (
 )
 from utils.cli import ArgumentParser, non_negative_float, positive_float, positive_int
 from utils.datasets import IMAGE_DATASETS, TensorBatches
-from utils.file_io_util import CheckpointManager, save_checkpoint
-from utils.seed import capture_rng, restore_rng
+from utils.file_io_util import save_checkpoint
+from utils.resume import TrainingState
 
 HERE = Path(__file__).resolve().parent
 
@@ -98,32 +96,10 @@ def accuracy(outputs: Tensor, labels: Tensor) -> float:
     return (outputs.argmax(dim=1) == labels).float().mean().item()
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """只衰减卷积核与矩阵；偏置与归一化的缩放、平移不衰减。"""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-
-
-def warmup_cosine(step: int, total: int) -> float:
-    """学习率的倍数：前 5% 的步数线性升到 1，然后按余弦降到 0。"""
-    warmup = max(1, total // 20)
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-
 def fit(
-    model: nn.Module,
-    data: Data,
-    args: argparse.Namespace,
-    device: TorchDevice,
-    checkpoints: CheckpointManager,
-) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
-    """训练；返回 (逐轮记录, 验证集上最好的一轮的权重)，模型停在最后一轮。"""
+    model: nn.Module, data: Data, args: argparse.Namespace, device: TorchDevice, folder: Path
+) -> TrainingState:
+    """训练；返回逐轮记录与验证集上最好的一轮的权重，模型停在最后一轮。"""
     generator = make_generator(args.seed)  # 打乱与增强的随机性
     where = device.device
     train = data.batches(
@@ -132,54 +108,22 @@ def fit(
     val = data.batches("val", device=where)
     val_labels = data.splits["val"].labels
     amp = torch.bfloat16 if device.type == "cuda" and not args.handmade else None
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr)
-    total = args.epochs * len(train)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, total))
-    history: list[dict[str, float]] = []
-    best: dict[str, Any] = {"accuracy": -1.0, "weights": {}}
-
-    config = {key: str(getattr(args, key)) for key in CONFIG_KEYS}
-    saved = checkpoints.load_latest() if args.resume else None
-    if saved is not None:
-        check_config(saved.get("config", {}), config)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
-        generator.set_state(saved["generator"])
-        restore_rng(saved["rng"])
-        history, best = saved["history"], saved["best"]
-
-    start = len(history)
-    with tqdm(total=args.epochs, initial=start, desc=args.model, unit="轮") as bar:
-        for epoch in range(start + 1, args.epochs + 1):
+    optimizer, schedule = adamw_with_cosine(
+        model, args.lr, args.weight_decay, args.epochs * len(train)
+    )
+    config = {key: getattr(args, key) for key in CONFIG_KEYS}
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    state = TrainingState(folder, config, generator, resume=args.resume, **parts)
+    with tqdm(total=args.epochs, initial=state.epoch, desc=args.model, unit="轮") as bar:
+        while state.epoch < args.epochs:
             train_loss = train_one_epoch(model, train, optimizer, schedule, device, amp)
             val_loss, outputs = evaluate(model, val)
             score = accuracy(outputs, val_labels)
-            history.append(
-                {
-                    "epoch": epoch,
-                    "train_loss": train_loss,
-                    "val_loss": val_loss,
-                    "val_accuracy": score,
-                }
-            )
-            if score > best["accuracy"]:
-                weights = {key: value.clone() for key, value in model.state_dict().items()}
-                best = {"accuracy": score, "weights": weights}
-            state = {
-                "config": config,
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-                "generator": generator.get_state(),
-                "rng": capture_rng(),
-                "history": history,
-                "best": best,
-            }
-            checkpoints.save(epoch, state)
+            row = {"train_loss": train_loss, "val_loss": val_loss, "val_accuracy": score}
+            state.record(row, score)
             bar.set_postfix_str(f"训练损失 {train_loss:.4f} 验证准确率 {100 * score:.2f}%")
             bar.update()
-    return history, best["weights"]
+    return state
 
 
 # 这些参数不同，就不是同一次训练，不能续
@@ -187,16 +131,6 @@ CONFIG_KEYS = (
     "model", "dataset", "data_dir", "image_size", "augment", "handmade", "smoke",
     "epochs", "batch_size", "lr", "weight_decay", "seed",
 )  # fmt: skip
-
-
-def check_config(saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """续训的设置必须与检查点一致。"""
-    different = [key for key in wanted if saved.get(key) != wanted[key]]
-    if different:
-        listed = "、".join(f"{key} 原为 {saved.get(key)} 今为 {wanted[key]}" for key in different)
-        raise UserError(
-            f"--resume 的设置与检查点不同（{listed}）：改回原设置，或去掉 --resume 重训"
-        )
 
 
 # ---------------------------------------------------------------- 入口
@@ -268,26 +202,23 @@ def main(argv: Sequence[str] | None = None) -> dict:
         print(model_summary(model, torch.zeros(1, *shape, device=device.device)))
         expectation = expect(args, data)
         print(expectation.announce())
-        checkpoints = CheckpointManager(out_dir / "checkpoints")
-        if not args.resume:  # 旧的一个不留，否则续训会接上从前另一次训练的检查点
-            checkpoints.clear()
-        history, weights = fit(model, data, args, device, checkpoints)
-        model.load_state_dict(weights)
+        state = fit(model, data, args, device, out_dir / "checkpoints")
+        model.load_state_dict(state.best_weights)
         timer.lap("训练")
         test = data.batches("test", device=device.device)
         test_loss, outputs = evaluate(model, test)
         timer.lap("测试")
     score = accuracy(outputs, test.labels.cpu())
     print(f"测试  交叉熵 {test_loss:.4f} nats，准确率 {expectation.format(score)}")
-    save_checkpoint(out_dir / "best.pt", weights)
+    save_checkpoint(out_dir / "best.pt", state.best_weights)
     return conclude(
         out_dir,
         [Result(expectation, score)],
         timer,
         smoke=args.smoke,
-        figures=figures.training_figures(history, expectation.chance, outputs, data),
+        figures=figures.training_figures(state.history, expectation.chance, outputs, data),
         test_loss=test_loss,
-        history=history,
+        history=state.history,
         laps=timer.laps,
     )
 

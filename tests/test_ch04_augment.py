@@ -140,3 +140,11 @@ def test_digits_are_never_mirrored() -> None:
 def test_bad_options(options: dict) -> None:
     with pytest.raises(ValueError, match="hflip 应在 0 与 1 之间"):
         Augment(**options)
+
+
+def test_shift_of_the_whole_batch_by_hand() -> None:
+    x = torch.arange(6.0).view(1, 1, 2, 3)
+    assert augment.shift(x, 0, 1, 9.0)[0, 0].tolist() == [[9, 0, 1], [9, 3, 4]]
+    assert augment.shift(x, -1, -2, 9.0)[0, 0].tolist() == [[5, 9, 9], [9, 9, 9]]
+    assert torch.equal(augment.shift(x, 0, 0), x)
+    assert augment.shift(x, 2, 0, 9.0).eq(9).all()  # 整张移出图外

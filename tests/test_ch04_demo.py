@@ -11,7 +11,7 @@ from torch import nn
 
 from chapter_04_cnn_classic import demo, visualize
 from chapter_04_cnn_classic.alexnet import alexnet
-from chapter_04_cnn_classic.fitting import accuracy, fit, normalized, shift_images, small_mlp
+from chapter_04_cnn_classic.fitting import accuracy, fit, normalized, small_mlp
 from chapter_04_cnn_classic.lenet import lenet5
 from chapter_04_cnn_classic.topics_cnn import (
     SOBEL,
@@ -21,7 +21,6 @@ from chapter_04_cnn_classic.topics_cnn import (
     patch_hessian,
     permute_pixels,
     permuted_training_gap,
-    random_affine,
 )
 from chapter_04_cnn_classic.topics_structure import (
     blur_pool,
@@ -36,15 +35,6 @@ from tests.parity import assert_equal, normal
 from utils import UserError, make_generator
 
 # ---------------------------------------------------------------- 训练与平移
-
-
-def test_shift_by_hand() -> None:
-    x = torch.arange(6.0).view(1, 1, 2, 3)
-    assert shift_images(x, 0, 1, 9.0)[0, 0].tolist() == [[9, 0, 1], [9, 3, 4]]
-    assert shift_images(x, -1, -2, 9.0)[0, 0].tolist() == [[5, 9, 9], [9, 9, 9]]
-    assert torch.equal(shift_images(x, 0, 0), x)
-    with pytest.raises(ValueError, match="应小于图像的边长"):
-        shift_images(x, 2, 0)
 
 
 def test_fit_is_reproducible_and_learns() -> None:
@@ -114,15 +104,6 @@ def test_permuting_pixels_permutes_columns() -> None:
     train = normalized("synth-digits", "train", 128)
     order = torch.randperm(784, generator=make_generator(0))
     assert permuted_training_gap(train, order, 2, 0) < 1e-10  # 训练之后仍然如此
-
-
-def test_random_affine_is_one_map_per_image() -> None:
-    x = normal(1, 1, 28, 28).float().expand(4, -1, -1, -1)
-    moved = random_affine(x, make_generator(0))
-    assert moved.shape == x.shape and torch.equal(moved, random_affine(x, make_generator(0)))
-    assert not torch.allclose(moved[0], moved[1])
-    flat = torch.full((2, 1, 28, 28), 0.7)
-    torch.testing.assert_close(random_affine(flat, make_generator(1)), flat)
 
 
 def test_batch_norm_follows_each_convolution() -> None:

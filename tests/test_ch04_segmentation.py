@@ -29,6 +29,7 @@ from tests.resuming import flatten, interrupt_after
 from utils import UserError, get_device, make_generator
 from utils.cli import run_main
 from utils.file_io_util import load_checkpoint, load_json
+from utils.resume import check_config
 
 CPU = get_device("cpu")
 
@@ -212,7 +213,7 @@ def test_options_reach_the_model(tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         segmentation.parse_args(["--loss", "focal"])
     with pytest.raises(UserError, match="batch_size 原为 8 今为 16"):
-        segmentation.check_config({"batch_size": "8"}, {"batch_size": "16"})
+        check_config({"batch_size": "8"}, {"batch_size": "16"})
 
 
 # ---------------------------------------------------------------- 图

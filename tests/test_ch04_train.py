@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from chapter_04_cnn_classic import train
+from chapter_04_cnn_classic import recipe, train
 from chapter_04_cnn_classic.data import load_data
 from chapter_04_cnn_classic.models import MODELS, build_model
 from chapter_04_cnn_classic.weights import load_torchvision_weights
@@ -90,17 +90,17 @@ def test_evaluate_is_a_sum_over_a_count_in_eval_mode() -> None:
 
 
 def test_warmup_then_cosine() -> None:
-    factors = [train.warmup_cosine(step, 100) for step in range(101)]
+    factors = [recipe.warmup_cosine(step, 100) for step in range(101)]
     assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and factors[5] == 1.0
     assert factors[100] == pytest.approx(0.0, abs=1e-15)
     assert factors[5 + 95 // 2] == pytest.approx(0.5, abs=0.02)
     assert all(a >= b for a, b in zip(factors[5:], factors[6:], strict=False))
-    assert train.warmup_cosine(0, 1) == 1.0  # 只有一步也不出错
+    assert recipe.warmup_cosine(0, 1) == 1.0  # 只有一步也不出错
 
 
 def test_only_matrices_and_kernels_decay() -> None:
     model = build_model("vgg11_bn", 10, 3, 32)
-    decayed, rest = train.parameter_groups(model, 0.1)
+    decayed, rest = recipe.parameter_groups(model, 0.1)
     assert decayed["weight_decay"] == 0.1 and rest["weight_decay"] == 0.0
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     assert {id(p) for p in decayed["params"]} == {id(m.weight) for m in layers}
