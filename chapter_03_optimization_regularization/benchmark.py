@@ -9,7 +9,7 @@
 - ``ours``：同一个公式的原地写法（``Adam``、``AdamW``）；
 - ``torch``、``torch foreach``、``torch fused``：``torch.optim`` 在 CPU 上的缺省写法与两种加速写法。
 
-另外测一步 Muon（Newton-Schulz 迭代），以及只有前向与反向的一步，作为比较的尺度。
+另外测一步 Muon（Newton-Schulz 迭代），以及只有前向与反向的一步；两者之比与按浮点运算数预计的对比。
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ from utils.topics import Check
 
 HERE = Path(__file__).resolve().parent
 HIDDEN = (2048, 2048, 2048)  # 784-2048-2048-2048-10：约一千万个参数
+BATCH = 128  # 前向与反向的批大小
 
 
 class NaiveAdam:
@@ -119,12 +121,26 @@ def check_equal(width: int, device: TorchDevice) -> float:
     return worst
 
 
+def muon_flops_ratio(width: int) -> float:
+    """按浮点运算数预计的「Muon 一步 ÷ 前向与反向」。
+
+    边长 ``k ≤ l`` 的隐藏层矩阵，Newton-Schulz 是 ``5 (4k²l + 2k³)``；线性层的前向、权重的梯度、
+    输入的梯度各 ``2klB``，第一层不必求输入的梯度；输出层归 AdamW，只算它的前向与反向。
+    """
+    sizes = [784, *(min(width, size) for size in HIDDEN), 10]
+    layers = list(pairwise(sizes))
+    sides = [sorted(layer) for layer in layers[:-1]]
+    muon = sum(5 * (4 * short**2 * long + 2 * short**3) for short, long in sides)
+    products = [(2 if index == 0 else 3) * m * n for index, (m, n) in enumerate(layers)]
+    return muon / (2 * BATCH * sum(products))
+
+
 def training_step(width: int, device: TorchDevice) -> Callable[[], None]:
-    """批大小 128 的一次前向与反向，不更新。"""
+    """批大小 ``BATCH`` 的一次前向与反向，不更新。"""
     hidden = tuple(min(width, size) for size in HIDDEN)
     model = MLP(784, hidden, 10, generator=make_generator(0)).to(device.device)
-    x = torch.randn(128, 784, generator=make_generator(2)).to(device.device)
-    y = torch.zeros(128, dtype=torch.int64, device=device.device)
+    x = torch.randn(BATCH, 784, generator=make_generator(2)).to(device.device)
+    y = torch.zeros(BATCH, dtype=torch.int64, device=device.device)
     return lambda: cross_entropy(model(x), y).backward()
 
 
@@ -168,11 +184,18 @@ def main(argv: Sequence[str] | None = None) -> dict:
             "Muon": partial(seconds_of, muon.step, device),
             "forward + backward": partial(seconds_of, work, device),
         }
-        seconds["scale"] = alternate(others, max(2, args.repeats // 10))
+        seconds["scale"] = alternate(others, max(3, args.repeats // 8))
     ratios = report(seconds)
-    checks = [
-        Result(Check(f"{kind}：ours ÷ torch 缺省", 3.0, (0.2, 1.2)), ratios[kind]) for kind in WAYS
-    ]
+    checks = []
+    for kind in WAYS:
+        ours = Check(f"{kind}：ours ÷ torch 缺省", 3.0, (0.2, 1.2))
+        naive = Check(f"{kind}：照公式写 ÷ torch 缺省（最小值）", 1.0, (1.5, 6.0))
+        checks += [Result(ours, ratios[kind]), Result(naive, ratios[f"{kind}, naive"])]
+    muon, expected = ratios["Muon"], muon_flops_ratio(args.width)
+    print(f"Muon 一步 ÷ 前向与反向（最小值）：实测 {muon:.1f}，按浮点运算数预计 {expected:.1f}")
+    checks.append(Result(Check("Muon 一步 ÷ 前向与反向（最小值）", 1.0, (30.0, 120.0)), muon))
+    share = Check("其中实测 ÷ 按浮点运算数的预计", 0.1, (0.5, 1.5))
+    checks.append(Result(share, muon / expected))
     checks.append(Result(Check("三步之后与 torch 的最大差", 1e-3, (0.0, 1e-6)), gap))
     if args.json is not None:
         save_json(args.json, seconds)
@@ -189,17 +212,28 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 def report(seconds: dict[str, dict[str, list[float]]]) -> dict[str, float]:
-    """打印一张表；返回 ``ours`` 与 ``torch`` 缺省写法的中位数之比。"""
+    """打印一张表，返回几个比值。
+
+    ``Adam``、``AdamW`` 是 ``ours`` 与 ``torch`` 缺省写法的中位数之比；``Adam, naive`` 之类是照公式
+    写的与 ``torch`` 的最小值之比（它要反复分配内存，中位数随机器的忙闲变化很大）；``Muon`` 是它与
+    前向、反向的最小值之比。
+    """
     ratios = {}
     for kind, ways in seconds.items():
-        base = statistics.median(ways["torch"]) if "torch" in ways else None
+        torch_way = ways.get("torch")
         for name, values in ways.items():
             middle = statistics.median(values)
             line = f"{kind:6s} {name:20s} 最小 {1e3 * min(values):7.2f} ms"
             line += f"  中位数 {1e3 * middle:7.2f} ms"
-            print(line if base is None else f"{line}  ÷ torch {middle / base:.2f}")
-        if base is not None:
-            ratios[kind] = statistics.median(ways["ours"]) / base
+            if torch_way is not None:
+                line += f"  ÷ torch 最小 {min(values) / min(torch_way):.2f}"
+                line += f"  中位数 {middle / statistics.median(torch_way):.2f}"
+            print(line)
+        if torch_way is not None:
+            ratios[kind] = statistics.median(ways["ours"]) / statistics.median(torch_way)
+            ratios[f"{kind}, naive"] = min(ways["ours, naive"]) / min(torch_way)
+    scale = seconds["scale"]
+    ratios["Muon"] = min(scale["Muon"]) / min(scale["forward + backward"])
     return ratios
 
 

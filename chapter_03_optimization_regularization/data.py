@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from utils import make_generator
 from utils.datasets import SPLITS, ImageBatches, ImageSet, TensorBatches, load_images
@@ -48,6 +48,13 @@ def noisy_moons_error(points: Tensor, flip: float = FLIP) -> float:
     """
     posterior = (1 - 2 * flip) * moon_bayes(points[:, :2]) + flip
     return torch.minimum(posterior, 1 - posterior).mean().item()
+
+
+def small_digits(count: int, pool: int = 2) -> tuple[Tensor, Tensor]:
+    """``count`` 张归一化的合成数字，按 ``pool × pool`` 平均，展平：``(N, D)`` 与 ``(N,)``。"""
+    data = load_images("synth-digits", "train", limit=count)
+    x, y = next(iter(ImageBatches(*data[:2], count)))
+    return nn.functional.avg_pool2d(x, pool).flatten(1), y
 
 
 # ---------------------------------------------------------------- 任务

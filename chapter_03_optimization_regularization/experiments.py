@@ -24,6 +24,8 @@ from chapter_03_optimization_regularization.data import Task
 from chapter_03_optimization_regularization.recipes import Arm, Run
 from utils import Expectation
 
+DIGITS, POINTS = "synth-digits", "noisy-moons"
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -32,6 +34,7 @@ class Experiment:
     参数:
         question: 它要回答的问题。
         arms: 参加比较的各方。
+        baseline: 对照是哪一方：表里的差、结果里的对照都相对于它。
         dataset: 缺省的数据集。
         epochs, batch_size, train_size: 缺省的轮数、批大小、训练样本数（``None`` 为全部）。
         flip: 训练标签改错的概率（带噪双月自带，不在此列）。
@@ -46,11 +49,12 @@ class Experiment:
 
     question: str
     arms: tuple[Arm, ...]
-    dataset: str
-    epochs: int
-    batch_size: int
+    baseline: str
     winner: str
     bands: dict[str, tuple[float, float]]
+    dataset: str = DIGITS
+    epochs: int = 3
+    batch_size: int = 128
     train_size: int | None = None
     flip: float = 0.0
     seeds: int = 3
@@ -70,32 +74,25 @@ def _error(run: Run) -> float:
     return run.val_error
 
 
-DIGITS, POINTS = "synth-digits", "noisy-moons"
 EXPERIMENTS = {
     "optimizers": Experiment(
         "学习率的预算相同，哪个优化器走得最低、最快？",
         OPTIMIZERS,
-        DIGITS,
-        epochs=3,
-        batch_size=128,
+        baseline="SGD",
         winner="最好的优化器",
         bands={DIGITS: (0.06, 0.04), "mnist": (0.025, 0.015)},
     ),
     "schedules": Experiment(
         "学习率怎样随步数变化最好？峰值各自调过。",
         SCHEDULES,
-        DIGITS,
-        epochs=3,
-        batch_size=128,
+        baseline="constant",
         winner="最好的调度",
         bands={DIGITS: (0.07, 0.045)},
     ),
     "normalization": Experiment(
         "归一化使十层的网络能用多大的学习率？",
         NORMALIZATIONS,
-        DIGITS,
-        epochs=3,
-        batch_size=128,
+        baseline="plain|none",
         winner="最好的归一化",
         bands={DIGITS: (0.14, 0.08)},
         train_size=6_000,
@@ -103,7 +100,8 @@ EXPERIMENTS = {
     "regularization": Experiment(
         "200 个样本、一成标签有错，哪种正则化使测试错误率下降，降多少？",
         REGULARIZERS,
-        POINTS,
+        baseline="none",
+        dataset=POINTS,
         epochs=60,
         batch_size=50,
         winner="最好的正则化",
@@ -117,9 +115,8 @@ EXPERIMENTS = {
     "generalization": Experiment(
         "批大小与学习率怎样一起变？大批量的解更尖吗？",
         BATCH_ARMS,
-        DIGITS,
+        baseline="batch 512",
         epochs=10,
-        batch_size=128,
         winner="最好的批大小",
         bands={DIGITS: (0.15, 0.11)},
         train_size=2_000,
@@ -128,9 +125,8 @@ EXPERIMENTS = {
     "initialization": Experiment(
         "初始化、归一化、深度，哪些组合训得动？",
         INITIALIZATIONS,
-        DIGITS,
+        baseline="kaiming|none|16",
         epochs=2,
-        batch_size=128,
         winner="最好的组合",
         bands={DIGITS: (0.13, 0.08)},
         train_size=6_000,
@@ -140,7 +136,7 @@ EXPERIMENTS = {
 IMAGE_REGULARIZATION = Experiment(
     "1000 张图像、两成标签有错，哪种正则化使测试错误率下降，降多少？",
     IMAGE_REGULARIZERS,
-    DIGITS,
+    baseline="none",
     epochs=30,
     batch_size=50,
     winner="最好的正则化",

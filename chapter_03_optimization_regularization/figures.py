@@ -119,7 +119,9 @@ def schedules_figure(
     grid[1, 0].set_title("test error")
     lrs, losses = range_test
     grid[1, 1].plot(lrs, losses, color=PALETTE[0])
-    grid[1, 1].axvline(chosen, color=PALETTE[1], linestyle="--", label=f"tuned peak {chosen:.2g}")
+    grid[1, 1].axvline(
+        chosen, color=PALETTE[1], linestyle="--", label=f"constant's tuned peak {chosen:.2g}"
+    )
     grid[1, 1].set(title="learning-rate range test", xlabel="learning rate", xscale="log")
     grid[1, 1].set_ylabel("smoothed training loss (nats)")
     log_axis(grid[1, 1])

@@ -78,12 +78,12 @@ def decay_figure(
     grid[0, 0].loglog(scales, theory, "--", color=PALETTE[1], linewidth=1, zorder=1)
     grid[0, 0].axhline(1, color=PALETTE[0], linestyle="--", linewidth=1, zorder=1)
     grid[0, 0].annotate(
-        r"theory $1/\sqrt{\sigma^2+\lambda^2}$", (8, 0.16), fontsize=9, color=PALETTE[1]
+        r"theory $1/\sqrt{\sigma^2+\alpha^2}$", (8, 0.16), fontsize=9, color=PALETTE[1]
     )
     grid[0, 0].set(
         title="how fast a weight decays",
         xlabel=r"gradient standard deviation $\sigma$",
-        ylabel=r"decay rate $/\,(\eta\lambda)$",
+        ylabel=r"decay rate $/\,(\eta\alpha)$",
     )
     grid[0, 0].legend(loc="lower left")
     for index, style in zip(shown, (":", "-", "--"), strict=True):
@@ -181,7 +181,7 @@ def clipping_figure(
         label = name if finite.all() else f"{name}: overflow at step {steps[~finite][0]}"
         marker = None if finite.all() else "X"
         axes.semilogy(steps[finite], loss[finite], color=color, label=label, marker=marker)
-    axes.set(title="training loss", xlabel="step", ylim=(1e-4, 1e10))
+    axes.set(title="training loss", xlabel="step", ylabel="loss", ylim=(1e-4, 1e10))
     axes.legend()
     return figure
 

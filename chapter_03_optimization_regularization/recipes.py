@@ -67,8 +67,8 @@ class Run:
     curve: list[tuple[int, float]]  # (步数, 验证损失)
     val_loss: float
     val_error: float
-    train_error: float = math.nan
     test_error: float = math.nan
+    seconds: float = math.nan  # 这一次训练的墙钟时间，含途中的验证
 
 
 class Arm(NamedTuple):
@@ -102,8 +102,8 @@ class Comparison(NamedTuple):
         return [run.test_error for run in self.chosen]
 
     def at_edge(self) -> bool:
-        """选中的是否在候选值的边上：那样的话，更好的可能还在外面。"""
-        return len(self.arm.knobs) > 1 and self.knob in (self.arm.knobs[0], self.arm.knobs[-1])
+        """选中的是否在候选值的边上：那样的话，更好的可能还在外面。只有两个候选值时无所谓边。"""
+        return len(self.arm.knobs) > 2 and self.knob in (self.arm.knobs[0], self.arm.knobs[-1])
 
 
 def compare(
@@ -151,6 +151,16 @@ def compare(
 def standard_error(values: Sequence[float]) -> float:
     """均值的标准误 ``s/√n``；只有一个时没有。"""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def mean_and_error(values: Sequence[float], style: str = ".2f") -> str:
+    """``均值 ± 标准误``；只有一个值时没有标准误，写成 ``—``。
+
+    ``style`` 是均值的格式，小数点之前的符号与宽度不用于标准误。
+    """
+    error = standard_error(values)
+    shown = "—" if math.isnan(error) else f"{error:{style[style.index('.') :]}}"
+    return f"{statistics.fmean(values):{style}} ± {shown}"
 
 
 def steps_to_reach(curve: Sequence[tuple[int, float]], target: float) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,13 +21,13 @@ from chapter_02_nn_basics_mlp.losses import cross_entropy
 from chapter_03_optimization_regularization import figures
 from chapter_03_optimization_regularization.arms import DEPTHS, make_model
 from chapter_03_optimization_regularization.data import Task
-from chapter_03_optimization_regularization.experiments import DIGITS, POINTS
+from chapter_03_optimization_regularization.experiments import DIGITS, POINTS, Experiment
 from chapter_03_optimization_regularization.landscapes import sharpness
 from chapter_03_optimization_regularization.networks import INITS
 from chapter_03_optimization_regularization.optimizers import SGD
 from chapter_03_optimization_regularization.recipes import (
     Comparison,
-    Run,
+    mean_and_error,
     plain_loss,
     standard_error,
     steps_to_reach,
@@ -37,15 +38,15 @@ from utils.topics import Check
 
 
 class Context(NamedTuple):
-    """写结论要用到的：预期、数据集、各种子的任务、种子、总步数、设备、挑选的依据、是否 --smoke。"""
+    """写结论要用到的：实验、预期、数据集、各种子的任务、种子、总步数、设备、是否 --smoke。"""
 
+    plan: Experiment
     expectation: Expectation
     dataset: str
     task: Callable[[int], Task]
     seeds: Sequence[int]
     steps: int
     device: torch.device
-    key: Callable[[Run], float]
     smoke: bool = False
 
 
@@ -61,19 +62,23 @@ class Report(NamedTuple):
 # ---------------------------------------------------------------- 共用
 
 
-def table(comparisons: Sequence[Comparison], knob: str) -> list[str]:
-    """对齐的一张表：选中的旋钮、验证损失、测试错误率 ± 标准误、相对于第一方的成对差。"""
-    base, reference = comparisons[0].test_errors(), comparisons[0].arm.name
-    lines = [f"      {'':18s} {knob:>13s}  验证损失   测试错误率 ± 标准误   与 {reference} 之差"]
+def table(comparisons: Sequence[Comparison], plan: Experiment) -> list[str]:
+    """对齐的一张表：选中的旋钮、验证损失、测试错误率、相对于对照的成对差、训练一次的秒数。"""
+    base = _by_name(comparisons)[plan.baseline].test_errors()
+    lines = [
+        f"      {'':18s} {plan.knob:>13s}  验证损失  测试错误率（%，± 标准误）"
+        f"  与 {plan.baseline} 之差  一次训练的秒数"
+    ]
     for c in comparisons:
-        errors = c.test_errors()
-        gaps = [a - b for a, b in zip(errors, base, strict=True)]
+        errors = [100 * error for error in c.test_errors()]
+        gaps = [error - 100 * other for error, other in zip(errors, base, strict=True)]
         loss = statistics.fmean(run.val_loss for run in c.chosen)
         edge = "边" if c.at_edge() else "  "
+        seconds = statistics.fmean(run.seconds for run in c.chosen)
         lines.append(
             f"      {c.arm.name:18s} {c.knob:11.3g} {edge} {loss:8.4f}"
-            f"   {100 * statistics.fmean(errors):6.2f}% ± {100 * standard_error(errors):.2f}"
-            f"      {100 * statistics.fmean(gaps):+6.2f} ± {100 * standard_error(gaps):.2f}"
+            f"   {mean_and_error(errors, '6.2f'):14s}"
+            f"         {mean_and_error(gaps, '+6.2f'):14s}  {seconds:6.2f}"
         )
     if any(c.at_edge() for c in comparisons):
         lines.append("      边：最好的在候选值的一端，更好的也许还在外面")
@@ -115,16 +120,15 @@ def _winner(comparisons: Sequence[Comparison], context: Context) -> Comparison:
     def score(c: Comparison) -> float:
         if not all(math.isfinite(run.val_loss) for run in c.chosen):
             return math.inf
-        return statistics.fmean(context.key(run) for run in c.chosen)
+        return statistics.fmean(context.plan.key(run) for run in c.chosen)
 
     return min(comparisons, key=score)
 
 
-def _main_result(
-    comparisons: Sequence[Comparison], baseline: Comparison, context: Context
-) -> tuple[Comparison, Result]:
+def _main_result(comparisons: Sequence[Comparison], context: Context) -> tuple[Comparison, Result]:
     """(胜者, 它的测试错误率：均值、标准差，以及对照的)。"""
     winner = _winner(comparisons, context)
+    baseline = _by_name(comparisons)[context.plan.baseline]
     values = winner.test_errors()
     std = statistics.stdev(values) if len(values) > 1 else None
     against = statistics.fmean(baseline.test_errors())
@@ -147,19 +151,20 @@ def report_optimizers(comparisons: Sequence[Comparison], context: Context) -> Re
     """最好的优化器；每一方走多少步达到 AdamW 的最终验证损失。"""
     named = _by_name(comparisons)
     target = statistics.fmean(run.val_loss for run in named["AdamW"].chosen)
-    lines = [f"      达到 AdamW 的最终验证损失 {target:.4f} 所用的步数（共 {context.steps} 步）"]
+    lines = [f"      达到 AdamW 的最终验证损失 {target:.4f}：步数（共 {context.steps} 步）与秒数"]
     ratios: dict[str, list[float]] = {}
     for name, c in named.items():
         steps = [steps_to_reach(run.curve, target) for run in c.chosen]
         ratios[name] = [s / context.steps for s in steps]
         if all(map(math.isfinite, steps)):
-            mean, error = statistics.fmean(steps), standard_error(steps)
-            lines.append(f"      {name:18s} {mean:6.0f} ± {error:.0f}")
+            pairs = zip(ratios[name], c.chosen, strict=True)
+            seconds = statistics.fmean(share * run.seconds for share, run in pairs)
+            lines.append(f"      {name:18s} {mean_and_error(steps, '6.0f'):12s} {seconds:6.2f} 秒")
     lines.append("      其余的没有全部达到")
     figure = figures.comparison_figure(
         _sweeps(comparisons), _curves(comparisons), _errors(comparisons), _top(context)
     )
-    winner, result = _main_result(comparisons, named["SGD"], context)
+    winner, result = _main_result(comparisons, context)
     results = [result]
     shares = [min(share, 1.0) for share in ratios["Muon"]]  # 没有达到的，算作走完全程
     check = Check("Muon 达到 AdamW 最终验证损失的步数 ÷ 总步数", 1.0, (0.6, 0.95))
@@ -171,7 +176,7 @@ def report_optimizers(comparisons: Sequence[Comparison], context: Context) -> Re
 def report_schedules(comparisons: Sequence[Comparison], context: Context) -> Report:
     """最好的调度；另做一次学习率范围测试。"""
     named = _by_name(comparisons)
-    winner, result = _main_result(comparisons, named["constant"], context)
+    winner, result = _main_result(comparisons, context)
     task, shapes = context.task(context.seeds[0]), {}
     for c in comparisons:
         recipe = c.arm.build(task, 1.0, context.steps, 0, context.device)
@@ -205,7 +210,7 @@ def report_normalization(comparisons: Sequence[Comparison], context: Context) ->
     lines = ["      验证损失低于 ln C 一半的最大学习率"]
     lines += [f"      {name:18s} {lr:.3g}" for name, lr in widest.items()]
     figure = figures.normalization_figure(_sweeps(comparisons), _errors(comparisons), _top(context))
-    _, result = _main_result(comparisons, named["plain|none"], context)
+    _, result = _main_result(comparisons, context)
     results = [result]
     none = max(widest["plain|none"], min(named["plain|none"].arm.knobs))  # 都训不动时取最小的
     check = Check("无残差时能用的最大学习率：batch ÷ none", 1.0, (2.9, 100.0))
@@ -239,26 +244,24 @@ CLAIMS = {
 def report_regularization(comparisons: Sequence[Comparison], context: Context) -> Report:
     """每种正则化使测试错误率变了多少，是不是两个标准误之外。"""
     named = _by_name(comparisons)
-    base = named["none"].test_errors()
+    base = named[context.plan.baseline].test_errors()
     clear, claims, errors = {}, [], _errors(comparisons)
     for name, values in errors.items():
         gaps = [a - b for a, b in zip(values, base, strict=True)]
         mean, error = statistics.fmean(gaps), standard_error(gaps)
-        if name != "none" and abs(mean) > 2 * error:
+        if name != context.plan.baseline and abs(mean) > 2 * error:
             clear[name] = mean
         sign = CLAIMS.get(context.dataset, {}).get(name)
         if sign is not None and error > 0:
             band = (2.0, 100.0) if sign > 0 else (-100.0, -2.0)
             check = Check(f"{name}：测试错误率之差 ÷ 标准误", 0.0, band)
             claims.append(Result(check, mean / error))
-    lines = [
-        "      两个标准误之外："
-        + "、".join(f"{name} {100 * gap:+.1f}" for name, gap in clear.items())
-    ]
+    shown = "、".join(f"{name} {100 * gap:+.1f}" for name, gap in clear.items())
+    lines = [f"      两个标准误之外：{shown or '无'}"]
     losses = {c.arm.name: [run.val_loss for run in c.chosen] for c in comparisons}
     task = context.task(context.seeds[0])
     figure = figures.regularizers_figure(errors, losses, task.floor)
-    winner, result = _main_result(comparisons, named["none"], context)
+    winner, result = _main_result(comparisons, context)
     return Report(figure, [result, *claims], lines, {"winner": winner.arm.name, "clear": clear})
 
 
@@ -287,21 +290,28 @@ def report_generalization(comparisons: Sequence[Comparison], context: Context) -
             f" {mean['sharpness']:8.2f} {100 * mean['test_error']:8.2f}%"
         )
     lines.append(f"      与 batch {sizes[0]} 成对相减：锐度、测试错误率（百分点）")
-    for size in sizes[1:]:
-        shown = []
-        for key, unit in (("sharpness", 1), ("test_error", 100)):
-            pairs = zip(reached[size], base, strict=True)
-            gaps = [unit * (row[key] - other[key]) for row, other in pairs]
-            shown.append(f"{statistics.fmean(gaps):+.2f} ± {standard_error(gaps):.2f}")
-        lines.append(f"      batch {size:<8d} " + "    ".join(shown))
+    lines += [f"      batch {size:<8d} {_gaps(reached[size], base)}" for size in sizes[1:]]
+    for one, other in pairwise(comparisons):
+        if one.knob == other.knob:  # 学习率相同的一对，差别只在批大小
+            a, b = one.arm.batch_size, other.arm.batch_size
+            lines.append(f"      batch {b} 与 {a}（学习率相同） {_gaps(reached[b], reached[a])}")
     sweeps = dict(zip(sizes, _sweeps(comparisons).values(), strict=True))
     figure = figures.batch_size_figure(sweeps, reached, _top(context))
-    _, result = _main_result(comparisons, comparisons[-1], context)
+    _, result = _main_result(comparisons, context)
     results = [
         result,
         Result(Check("最好的学习率对批大小的对数斜率", 0.0, (0.2, 1.1)), slope),
     ]
     return Report(figure, results, lines, {"reached": reached, "slope": slope})
+
+
+def _gaps(rows: Sequence[dict[str, float]], base: Sequence[dict[str, float]]) -> str:
+    """锐度、测试错误率（百分点）与 ``base`` 的成对差。"""
+    shown = []
+    for key, unit in (("sharpness", 1), ("test_error", 100)):
+        gaps = [unit * (row[key] - other[key]) for row, other in zip(rows, base, strict=True)]
+        shown.append(mean_and_error(gaps, "+.2f"))
+    return "    ".join(shown)
 
 
 def _train_to_target(batch_size: int, lr: float, seed: int, context: Context) -> dict[str, float]:
@@ -356,14 +366,12 @@ def report_initialization(comparisons: Sequence[Comparison], context: Context) -
         value = 1 - statistics.fmean(run.val_error for run in c.chosen)
         cells[list(INITS).index(init), DEPTHS.index(int(depth))] = value
     figure = figures.initialization_figure(accuracy, list(INITS), DEPTHS)
-    named = _by_name(comparisons)
     chance = 1 - context.task(context.seeds[0]).chance
     usable = {norm: int((cells > 2 * chance).sum()) for norm, cells in accuracy.items()}
     cells = len(INITS) * len(DEPTHS)
     lines = [f"      验证准确率高于机会线两倍的格子（共 {cells} 个）"]
     lines += [f"      {norm:18s} {count}" for norm, count in usable.items()]
-    deepest = named[f"kaiming|none|{DEPTHS[-1]}"]
-    _, result = _main_result(comparisons, deepest, context)
+    _, result = _main_result(comparisons, context)
     results = [
         result,
         Result(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from chapter_02_nn_basics_mlp.losses import cross_entropy
 from chapter_02_nn_basics_mlp.mlp import MLP
 from chapter_03_optimization_regularization import figures_landscapes as figures
+from chapter_03_optimization_regularization.data import small_digits
 from chapter_03_optimization_regularization.landscapes import (
     LANDSCAPES,
     Landscape,
@@ -27,7 +28,6 @@ from chapter_03_optimization_regularization.networks import BlockMLP
 from chapter_03_optimization_regularization.optimizers import SGD, RMSprop
 from chapter_03_optimization_regularization.optimizers_adam import Adam, adam_naive
 from utils import make_generator
-from utils.datasets import ImageBatches, load_images
 from utils.topics import Check, Outcome, Topic
 
 # ---------------------------------------------------------------- 轨迹
@@ -177,13 +177,6 @@ def topic_stability(seed: int, smoke: bool) -> Outcome:
 # ---------------------------------------------------------------- 稳定边缘
 
 
-def few_digits(count: int) -> tuple[Tensor, Tensor]:
-    """``count`` 张合成数字，边长缩小一半，展平：``(N, D)`` 与 ``(N,)``。"""
-    images, labels = load_images("synth-digits", "train", limit=count)[:2]
-    x, y = next(iter(ImageBatches(images, labels, count)))
-    return nn.functional.avg_pool2d(x, 2).flatten(1), y
-
-
 def edge_run(
     x: Tensor, y: Tensor, lr: float, steps: int, every: int, seed: int
 ) -> dict[str, list[float]]:
@@ -220,7 +213,7 @@ def edge_run(
 def topic_edge(seed: int, smoke: bool) -> Outcome:
     """训练中的锐度会不会停在 2/η 附近？（稳定边缘）"""
     count, steps, every = (32, 20, 10) if smoke else (256, 1600, 40)
-    x, y = few_digits(count)
+    x, y = small_digits(count)
     runs = {lr: edge_run(x, y, lr, steps, every, seed) for lr in (0.15, 0.2, 0.3)}
     ratios, rises = [], []
     for lr, run in runs.items():
@@ -351,7 +344,7 @@ def rescaled_slices(
 def topic_slice(seed: int, smoke: bool) -> Outcome:
     """高维的损失怎样画成图？残差把地形变成什么样？"""
     count, steps, points = (32, 5, 5) if smoke else (256, 300, 25)
-    x, y = few_digits(count)
+    x, y = small_digits(count)
     even = torch.linspace(-1, 1, points)
     side = even * even.abs().sqrt()  # 中间密、两头疏：针孔也看得清
     width = torch.gradient(side)[0]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from chapter_02_nn_basics_mlp.losses import cross_entropy
 from chapter_02_nn_basics_mlp.mlp import MLP
 from chapter_03_optimization_regularization import figures_precision as figures
+from chapter_03_optimization_regularization.data import small_digits
 from chapter_03_optimization_regularization.landscapes import (
     GradientNoise,
     gradient_noise,
@@ -35,16 +36,8 @@ from chapter_03_optimization_regularization.precision import (
 )
 from chapter_03_optimization_regularization.regularization import cutmix, mixup
 from utils import make_generator
-from utils.datasets import ImageBatches, TensorBatches, load_images
+from utils.datasets import TensorBatches, load_images
 from utils.topics import Check, Outcome, Topic
-
-
-def digits(count: int, pool: int = 2) -> tuple[Tensor, Tensor]:
-    """归一化、按 ``pool × pool`` 平均过的合成数字，``(N, F)`` 与 ``(N,)``。"""
-    data = load_images("synth-digits", "train", limit=count)
-    x, y = next(iter(ImageBatches(*data[:2], count)))
-    return nn.functional.avg_pool2d(x, pool).flatten(1), y
-
 
 # ---------------------------------------------------------------- 梯度噪声
 
@@ -68,7 +61,7 @@ def exact_noise(per_sample: Tensor) -> GradientNoise:
 def topic_noise(seed: int, smoke: bool) -> Outcome:
     """批大一倍，梯度的噪声小多少？批大到多少就不划算了？"""
     count, draws, steps = (64, 5, 20) if smoke else (1000, 200, 800)
-    x, y = digits(count)
+    x, y = small_digits(count)
     model = MLP(x.shape[1], (32,), 10, generator=make_generator(seed))
     generator = make_generator(seed + 1)
     sizes = [1, 4, 16, 64, 256]
@@ -140,7 +133,7 @@ def accumulated(
 
 def topic_accumulation(seed: int, smoke: bool) -> Outcome:
     """分成几个小批累积梯度，与一个大批相同吗？"""
-    x, y = digits(100)
+    x, y = small_digits(100)
     x = x.double()
     sizes = [40, 40, 20]  # 末批不满
     pieces = list(zip(x.split(sizes), y.split(sizes), strict=True))
@@ -235,7 +228,7 @@ def print_formats() -> None:
 def topic_precision(seed: int, smoke: bool) -> Outcome:
     """fp16 为什么要缩放损失，bf16 为什么不用？"""
     print_formats()
-    x, y = digits(100 if smoke else 500)
+    x, y = small_digits(100 if smoke else 500)
     model = MLP(x.shape[1], (64,), 10, generator=make_generator(0))
     (TINY * cross_entropy(model(x), y)).backward()
     grads = flat_gradient(model)
@@ -291,7 +284,7 @@ def topic_muon(seed: int, smoke: bool) -> Outcome:
     for steps in (1, 3, 5):
         # 对角阵的奇异值就是对角元；newton_schulz 先除以 Frobenius 范数，这里乘回来
         maps[steps] = [newton_schulz_scalar(s, steps) for s in sigma.tolist()]
-    x, y = digits(128 if smoke else 2000, pool=1)
+    x, y = small_digits(128 if smoke else 2000, pool=1)
     model = MLP(x.shape[1], (128, 128), 10, generator=make_generator(seed))
     optimizer = Muon(muon_groups(model, 0.02, 0.004))
     batches = TensorBatches(x, y, 128, generator=make_generator(seed))

@@ -7,7 +7,9 @@
     python train.py --experiment generalization    # 批大小、学习率与锐度
     python train.py --experiment initialization    # 初始化 × 归一化 × 深度
 
-除 regularization 之外都可以换成真实图像，如 ``--dataset mnist --data-dir 数据文件夹``。
+都可以换成别的图像，如 ``--dataset mnist --data-dir 数据文件夹``；regularization 缺省用带噪的双月，
+换成图像（包括 synth-digits）时，强度、样本数、轮数另有一套。缺省的输出文件夹以实验命名，数据集不是
+缺省的，再加上数据集的名字。
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import dataclasses
 import functools
 import math
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -102,6 +105,7 @@ def evaluate(model: nn.Module, batches: TensorBatches) -> tuple[float, float]:
 
 def fit(recipe: Recipe, task: Task, epochs: int, batch_size: int, seed: int) -> Run:
     """训练一次；每 ``CURVE_EVERY`` 步记一次验证损失，每轮末问一次早停。不看测试集。"""
+    start = time.perf_counter()
     train = task.batches("train", batch_size, make_generator(seed))
     val = task.batches("val", 2_000)
     curve: list[tuple[int, float]] = []
@@ -132,7 +136,8 @@ def fit(recipe: Recipe, task: Task, epochs: int, batch_size: int, seed: int) -> 
     val_loss, val_error = evaluate(recipe.watched, val)
     if not curve or curve[-1][0] < taken:
         curve.append((taken, val_loss))
-    return Run(math.nan, seed, recipe, curve, val_loss, val_error)
+    seconds = time.perf_counter() - start  # 上面的评估把数取回了 CPU，设备已经完工
+    return Run(math.nan, seed, recipe, curve, val_loss, val_error, seconds=seconds)
 
 
 # ---------------------------------------------------------------- 入口
@@ -165,8 +170,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.seeds = args.seeds or experiment.seeds
     if args.smoke:
         args.epochs, args.seeds = 1, 1
-    if args.out_dir == HERE / "outputs":  # --smoke 另放一处，不冲掉真正的结果
-        args.out_dir /= f"{args.experiment}_smoke" if args.smoke else args.experiment
+    if args.out_dir == HERE / "outputs":  # 换了数据集、--smoke 的另放一处，不冲掉缺省的结果
+        default = EXPERIMENTS[args.experiment].dataset
+        names = [args.experiment, args.dataset * (args.dataset != default), "smoke" * args.smoke]
+        args.out_dir /= "_".join(filter(None, names))
     return args
 
 
@@ -231,18 +238,18 @@ def main(argv: Sequence[str] | None = None) -> dict:
         steps = args.epochs * len(first.batches("train", args.batch_size))
         seeds = range(args.seed, args.seed + args.seeds)
         context = Context(
+            args.plan,
             expectation,
             args.dataset,
             task,
             seeds,
             steps,
             device.device,
-            args.plan.key,
             args.smoke,
         )
         report = REPORTS[args.experiment](comparisons, context)
         timer.lap("结论")
-    print("\n".join([*table(comparisons, args.plan.knob), *report.lines]))
+    print("\n".join([*table(comparisons, args.plan), *report.lines]))
     return conclude(
         out_dir,
         report.results,
@@ -250,6 +257,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         smoke=args.smoke,
         figures={f"{args.experiment}.png": report.figure},
         comparisons={c.arm.name: record(c) for c in comparisons},
+        run_seconds={c.arm.name: [run.seconds for run in c.chosen] for c in comparisons},
         laps=timer.laps,
         **report.details,
     )

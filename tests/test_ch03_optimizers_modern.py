@@ -192,5 +192,23 @@ def test_muon_groups_send_only_hidden_matrices_to_muon() -> None:
         assert torch.equal(p, q)  # 其余的参数走的就是 AdamW
 
 
+def test_muon_groups_without_a_hidden_matrix_is_an_error() -> None:
+    """只有输出层、卷积核、冻结的矩阵：没有什么可以正交化。"""
+    frozen = nn.Sequential(nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 3))
+    convolution = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 3))
+    for model in (nn.Linear(4, 3), frozen, convolution):
+        with pytest.raises(ValueError, match="没有可训练的隐藏层矩阵.*请用 AdamW"):
+            muon_groups(model, 0.02, 0.003)
+
+
+def test_muon_groups_leave_convolutions_to_adamw() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)
+    )
+    muon, rest = muon_groups(model, 0.02, 0.003)
+    assert [p.shape for p in muon["params"]] == [(8, 16)]
+    assert model[0].weight.shape in [p.shape for p in rest["params"]]
+
+
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return optimizer.param_groups[0]["params"]

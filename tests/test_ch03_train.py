@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from chapter_02_nn_basics_mlp.losses import cross_entropy
-from chapter_03_optimization_regularization import reports, train
+from chapter_03_optimization_regularization import train
 from chapter_03_optimization_regularization.arms import make_model
 from chapter_03_optimization_regularization.averaging import EMA, EarlyStopping
 from chapter_03_optimization_regularization.data import (
@@ -34,10 +34,10 @@ from chapter_03_optimization_regularization.optimizers_adam import AdamW
 from chapter_03_optimization_regularization.optimizers_modern import ScheduleFreeAdamW
 from chapter_03_optimization_regularization.recipes import (
     Arm,
-    Comparison,
     Recipe,
     Run,
     compare,
+    mean_and_error,
     standard_error,
     steps_to_reach,
 )
@@ -169,9 +169,10 @@ def test_compare_picks_on_validation_then_adds_the_other_seeds() -> None:
     assert c.tuning[3.0] == 1.0  # 补跑的两个种子不改变挑选时的记录
     (edge,) = compare([arm], run_once, range(1), 1, lambda run: run.val_error)
     assert edge.knob == 2.0  # 换一个依据，选中的就不同
-    arm = arm._replace(knobs=(2.0, 3.0))
+    arm = arm._replace(knobs=(1.0, 2.0, 3.0))
     (edge,) = compare([arm], run_once, range(1), 1, lambda run: run.val_loss)
     assert edge.at_edge()
+    assert not edge._replace(arm=arm._replace(knobs=(2.0, 3.0))).at_edge()  # 两个值无所谓边
 
 
 def test_divergence_loses_even_when_its_error_looks_good() -> None:
@@ -188,6 +189,8 @@ def test_divergence_loses_even_when_its_error_looks_good() -> None:
 def test_standard_error_by_hand() -> None:
     assert standard_error([1.0, 2.0, 3.0]) == pytest.approx(1 / math.sqrt(3))
     assert math.isnan(standard_error([1.0]))
+    assert mean_and_error([1.0, 2.0, 3.0], "+6.1f") == "  +2.0 ± 0.6"
+    assert mean_and_error([1.0]) == "1.00 ± —"
 
 
 def test_steps_to_reach_interpolates() -> None:
@@ -203,7 +206,8 @@ def test_every_arm_has_the_same_budget(name: str) -> None:
     for plan in (EXPERIMENTS[name], IMAGE_REGULARIZATION):
         counts = {len(arm.knobs) for arm in plan.arms if arm.name != "none"}
         assert len(counts) == 1, counts
-        assert plan.seeds >= 3 and len({arm.name for arm in plan.arms}) == len(plan.arms)
+        names = [arm.name for arm in plan.arms]
+        assert plan.seeds >= 3 and len(set(names)) == len(names) and plan.baseline in names
 
 
 ARMS = [arm for plan in EXPERIMENTS.values() for arm in plan.arms if "|" not in arm.name]
@@ -346,72 +350,6 @@ def test_l1_shrinks_by_lr_times_strength() -> None:
     torch.testing.assert_close(weight, nn.functional.softshrink(before, 3e-3 * 2.0))
 
 
-# ---------------------------------------------------------------- 结论
-
-
-def made_up(errors: dict[str, list[float]], curves=((), ())) -> list[Comparison]:
-    """每一方两个种子，测试错误率随意指定。"""
-    done = []
-    for name, values in errors.items():
-        runs = [
-            Run(1.0, seed, None, list(curve), 1.0, error, test_error=error)
-            for seed, (error, curve) in enumerate(zip(values, curves, strict=True))
-        ]
-        done.append(Comparison(Arm(name, (1.0,), None), runs, 1.0, {1.0: 1.0}))
-    return done
-
-
-def make_context(name: str, dataset: str, task, smoke: bool = False) -> reports.Context:
-    plan = EXPERIMENTS[name]
-    expectation = plan.expectation(task, dataset)
-    return reports.Context(
-        expectation, dataset, lambda seed: task, range(2), 10, CPU, plan.key, smoke
-    )
-
-
-def test_claims_about_regularizers_are_judged() -> None:
-    task = points_task(0, 64, smoke=True)
-    context = make_context("regularization", "noisy-moons", task)
-    errors = {"none": [0.30, 0.31], "dropout": [0.25, 0.27], "label smoothing": [0.33, 0.35]}
-    report = reports.report_regularization(made_up(errors), context)
-    assert [r.expectation.learned(r.value) for r in report.results[1:]] == [True, True]
-    assert report.results[1].value == pytest.approx(-0.045 / 0.005)  # 差 −0.05、−0.04
-    errors = {"none": [0.30, 0.31], "dropout": [0.33, 0.35], "label smoothing": [0.25, 0.27]}
-    report = reports.report_regularization(made_up(errors), context)
-    assert [r.expectation.learned(r.value) for r in report.results[1:]] == [False, False]
-    assert report.results[0].baseline == pytest.approx(0.305)
-
-
-def test_curves_of_unequal_length_are_padded() -> None:
-    curves = ([(1, 3.0), (2, 2.0)], [(1, 4.0)])
-    ((steps, losses),) = reports._curves(made_up({"a": [0.1, 0.2]}, curves)).values()
-    assert steps == [1, 2] and losses[0].tolist() == [3.0, 2.0]
-    assert losses[1, 0] == 4.0 and math.isnan(losses[1, 1])
-
-
-def test_the_winner_is_chosen_on_validation_and_divergence_comes_last() -> None:
-    task = points_task(0, 64, smoke=True)
-    context = make_context("optimizers", "synth-digits", task)
-    comparisons = made_up({"a": [0.1, 0.1], "b": [0.2, 0.2]})
-    for run, loss in zip(
-        [*comparisons[0].runs, *comparisons[1].runs], (math.nan, 1, 5, 5), strict=True
-    ):
-        run.val_loss = loss
-    assert reports._winner(comparisons, context).arm.name == "b"
-
-
-def test_training_to_a_target_stops_there() -> None:
-    task = points_task(0, 100, smoke=True)
-    row = reports._train_to_target(20, 0.3, 0, make_context("generalization", "x", task))
-    assert row["train_loss"] <= reports.TARGET < row["train_loss"] * 3
-    assert row["samples"] == 20 * row["steps"] and 10 < row["steps"] < 5_000
-    assert row["sharpness"] > 0 and 0 < row["test_error"] < 1
-    diverged = reports._train_to_target(20, 1e9, 0, make_context("generalization", "x", task))
-    assert math.isnan(diverged["sharpness"]) and diverged["steps"] < 200
-    short = reports._train_to_target(20, 0.3, 0, make_context("generalization", "x", task, True))
-    assert short["steps"] == 5
-
-
 # ---------------------------------------------------------------- 入口
 
 
@@ -424,6 +362,10 @@ def test_defaults_follow_the_experiment() -> None:
     assert (args.epochs, args.seeds, args.batch_size) == (2, 4, 64)
     assert args.dataset == "synth-digits" and args.out_dir.name == "optimizers"
     assert train.parse_args(["--smoke"]).out_dir.name == "optimizers_smoke"
+    args = train.parse_args(["--experiment", "regularization", "--dataset", "synth-digits"])
+    assert args.out_dir.name == "regularization_synth-digits"
+    args = train.parse_args(["--dataset", "mnist", "--smoke"])
+    assert args.out_dir.name == "optimizers_mnist_smoke"
 
 
 @pytest.mark.parametrize(

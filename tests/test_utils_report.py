@@ -324,6 +324,16 @@ def test_render_shows_spread_and_several_metrics_under_one_command() -> None:
     assert "测于 旧机器，torch 2.4.0，2026-01-01" in table
 
 
+def test_render_says_what_the_spread_and_the_baseline_are() -> None:
+    """对照是什么由账本说明，没有写就是线性模型；没有 ± 与对照时不提它们。"""
+    entries = [entry("a", "x", **measured(0, results=[ACCURACY.record(0.92, 0.01, 0.85)]))]
+    assert "± 是各种子的标准差；对照是同一任务上的线性模型；" in report.render({"entries": entries})
+    ours = {"baseline": "没有动量的 SGD", "entries": entries}
+    assert "对照是没有动量的 SGD；核对项" in report.render(ours)
+    plain = report.render({"entries": [entry("a", "x", **measured(0.15))]})
+    assert "标准差" not in plain and "对照是" not in plain
+
+
 def test_chapter_or_check_is_required(chapter: Path, capsys) -> None:
     for argv, message in [
         ([], "错误：缺少章文件夹名（或 --check）"),

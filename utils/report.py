@@ -9,7 +9,8 @@
 
 ``results.json`` 的每一项写明命令 ``command``、依赖 ``requires``（``data`` 真实数据、``cuda``，
 或 ``null``）、要收进 ``images/`` 的图 ``figures``，其余字段由本程序填写。依赖不在本机的项
-沿用原有记录，并标明"沿用"。
+沿用原有记录，并标明"沿用"。账本最外层的 ``baseline`` 说明「对照」一列是什么；没有写就是同一任务上的
+线性模型。
 """
 
 from __future__ import annotations
@@ -143,13 +144,14 @@ def render(ledger: dict[str, Any]) -> str:
             lines.append("| " + " | ".join([*cells, *(cost if first else ["", ""])]) + " |")
     setups = {(e["machine"], e["torch"], e["date"]) for e in ledger["entries"]}
     described = "；".join(f"{m}，torch {t}，{d}" for m, t, d in sorted(setups))
-    compared = any(r["baseline"] is not None for e in ledger["entries"] for r in e["results"])
-    lines += [
-        "",
-        f"测于 {described}。秒数为整个进程的墙钟时间，含启动与画图；"
-        + ("对照是同一任务上的线性模型，" if compared else "")
-        + "核对项的机会线是出错时的量级。",
-    ]
+    records = [record for entry in ledger["entries"] for record in entry["results"]]
+    notes = ["秒数为整个进程的墙钟时间，含启动与画图"]
+    if any(record.get("std") is not None for record in records):
+        notes.append("± 是各种子的标准差")
+    if any(record["baseline"] is not None for record in records):
+        notes.append(f"对照是{ledger.get('baseline', '同一任务上的线性模型')}")
+    notes.append("核对项的机会线是出错时的量级")
+    lines += ["", f"测于 {described}。{'；'.join(notes)}。"]
     if kept:
         lines += ["", "† 依赖真实数据或 GPU，本次未重测，沿用先前的记录。"]
     return "\n".join(lines)
