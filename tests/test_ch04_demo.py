@@ -162,7 +162,7 @@ def test_every_topic_asks_a_question() -> None:
     assert all("？" in topic.__doc__.splitlines()[0] for topic in demo.TOPICS.values())
 
 
-@pytest.mark.parametrize("name", ["lenet", "vgg11"])
+@pytest.mark.parametrize("name", ["lenet", "vgg11_bn"])
 def test_weights_load(name: str, tmp_path: Path) -> None:
     model = lenet5() if name == "lenet" else vgg_small(11, 10, 1, 8)
     torch.save(model.state_dict(), tmp_path / "w.pt")
