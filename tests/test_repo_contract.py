@@ -36,6 +36,10 @@ NOT_CONCEPTS = {"train", "demo", "benchmark", "data", "tasks", "showcase", "demo
     "experiments",
     "reports",
     "recipes",
+    "recipe",
+    "scenes",
+    "models",
+    "fitting",
 }
 ENTRIES = {"train", "demo", "benchmark"}  # 箭头的起点，没有人导入它们
 
