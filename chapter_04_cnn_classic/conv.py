@@ -158,7 +158,8 @@ def conv2d_naive(
         stride, padding, dilation, groups: 同 ``F.conv2d``。
 
     返回:
-        ``(B, O, P, Q)``。乘加 ``B·O·P·Q·K`` 次，与另两种相同，但一次只算一个数，慢上千倍。
+        ``(B, O, P, Q)``。乘加 ``B·O·P·Q·K`` 次，与另两种相同，但一次只算每个样本的一项，
+        小题上也慢百倍以上。
     """
     check_shapes(x, weight, bias, groups)
     geometry = make_geometry(tuple(weight.shape[2:]), stride, padding, dilation, groups)
@@ -186,7 +187,7 @@ def im2col(padded: Tensor, geometry: Geometry, size: tuple[int, int]) -> Tensor:
     """把每个窗口摊成一列，``(B, C, H', W') -> (B, G, K, L)``。
 
     靠改步长（``as_strided``）得到六维的窗口视图，不复制；最后的 ``reshape`` 才真正搬运一次，
-    把每个像素抄写约 ``R·S`` 份：这是用内存换一次大矩阵乘法。
+    步幅 1 时把每个像素抄写约 ``R·S`` 份：这是用内存换一次大矩阵乘法。
 
     参数:
         padded: 已填充的输入。
@@ -219,7 +220,7 @@ def col2im(columns: Tensor, geometry: Geometry, padded: Tensor) -> None:
         padded[:, :, top:bottom:step_h, left:right:step_w] += columns[:, :, r, s]
 
 
-CHUNK_BYTES = 2**21  # 一块的列矩阵约 2 MiB：留在二级缓存里，比一次摊开整批快一倍（见 benchmark.py）
+CHUNK_BYTES = 2**21  # 一块的列矩阵约 2 MiB：留在二级缓存里，比一次摊开整批快（改大这个数便知）
 
 
 def _chunks(x: Tensor, geometry: Geometry, size: tuple[int, int]) -> list[slice]:

@@ -99,12 +99,13 @@ class Subsampling(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.coefficient = nn.Parameter(torch.full((channels, 1, 1), 0.25))  # 起初就是平均池化
-        self.bias = nn.Parameter(torch.zeros(channels, 1, 1))
+        self.coefficient = nn.Parameter(torch.full((channels,), 0.25))  # 起初就是平均池化
+        self.bias = nn.Parameter(torch.zeros(channels))
         self.activation = ScaledTanh()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.activation(4 * F.avg_pool2d(x, 2) * self.coefficient + self.bias)
+        total = 4 * F.avg_pool2d(x, 2)  # 2×2 求和
+        return self.activation(total * self.coefficient.view(-1, 1, 1) + self.bias.view(-1, 1, 1))
 
 
 class SparseConv2d(nn.Module):

@@ -1,4 +1,4 @@
-"""名字 -> 网络：``train.py``、``benchmark.py`` 与测试共用的一张表。
+"""名字 -> 网络：``train.py`` 与测试共用的一张表。
 
 都是 28/32 像素的小图形式；ImageNet 形式见各自的文件，只用来装官方权重与核对参数量。
 """
@@ -53,7 +53,7 @@ def _by_width(build: Callable[..., nn.Module], **options: object) -> Callable[..
 
 MODELS: dict[str, Recipe] = {
     "lenet": Recipe(_lenet, 2e-3, threads=1),
-    "lenet1998": Recipe(_lenet1998, 2e-3, threads=1),
+    "lenet1998": Recipe(_lenet1998, 4e-3, threads=1),
     "lenet-wide": Recipe(partial(_lenet, width=4), 2e-3, threads=1),
     "alexnet": Recipe(_by_width(alexnet_small), 1e-3),
     "nin": Recipe(_by_width(nin_small), 2e-3),

@@ -1,7 +1,6 @@
 """Network in Network：1×1 卷积是每个像素上的全连接层，全局平均池化代替全连接分类器。
 
-维度约定：``B, C, H, W``。与论文的差别：权重用 Kaiming 初始化；论文在 CIFAR-10 上的第一层核为 5×5，
-这里相同。
+维度约定：``B, C, H, W``。与论文的差别：权重用 Kaiming 初始化；池化四周填充一圈。
 
 参考: Lin, Chen, Yan, 2013, Network In Network, arXiv:1312.4400。README「NiN」。
 """
@@ -44,7 +43,7 @@ class NiN(nn.Module):
             nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
             nn.Dropout(dropout),
             nin_block(narrow, (width, width, width), kernel=5),
-            nn.AvgPool2d(kernel_size=3, stride=2, padding=1),
+            nn.AvgPool2d(kernel_size=3, stride=2, padding=1, count_include_pad=False),
             nn.Dropout(dropout),
             nin_block(width, (width, width, num_classes), kernel=3),
         )

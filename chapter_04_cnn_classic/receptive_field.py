@@ -153,10 +153,10 @@ def _flatten(features: nn.Module) -> Iterator[nn.Module]:
         yield features
 
 
-Geometry = tuple[Size, Size, Size | str, Size]  # 核、步幅、填充、空洞
+LayerShape = tuple[Size, Size, Size | str, Size]  # 核、步幅、填充、空洞
 
 
-def _geometry(layer: nn.Module) -> Geometry:
+def _geometry(layer: nn.Module) -> LayerShape:
     if isinstance(layer, handmade.Conv2d):
         stride, padding, dilation, _ = layer.options
         return tuple(layer.weight.shape[2:]), stride, padding, dilation
@@ -168,7 +168,7 @@ def _geometry(layer: nn.Module) -> Geometry:
     return layer.kernel_size, layer.stride, layer.padding, getattr(layer, "dilation", 1)
 
 
-def _spec(name: str, geometry: Geometry, axis: int) -> LayerSpec:
+def _spec(name: str, geometry: LayerShape, axis: int) -> LayerSpec:
     kernel, stride, padding, dilation = geometry
     k, s, d = (as_pair(v, name)[axis] for v in (kernel, stride, dilation))
     if padding == "valid":
@@ -272,9 +272,9 @@ def effective_receptive_field(
 ) -> Tensor:
     """随机权重与输入下，中央的输出对各像素的梯度平方的平均，归一到和为 1。
 
-    权重独立、均值为零时，不同路径的贡献互不相关，交叉项的期望为零：``E[g²]`` 是各条路径权重平方
-    之和，于是正比于「``n`` 步、每步在核的各抽头里等可能地取一个」的随机游走落在该像素的概率。
-    ``n`` 个独立步子之和趋于高斯，一个方向上的标准差是 ``random_walk_std``。
+    权重独立、均值为零时，不同路径的贡献互不相关，交叉项的期望为零：``E[g²]`` 是各条路径上权重平方
+    之积的期望对路径求和，于是正比于「``n`` 步、每步在核的各抽头里等可能地取一个」的随机游走
+    落在该像素的概率。``n`` 个独立步子之和趋于高斯，一个方向上的标准差是 ``random_walk_std``。
 
     参数:
         features: 同 ``layer_specs``；权重不会被改动。输入通道数由第一个卷积得出。

@@ -59,7 +59,7 @@ def mismatches(features: nn.Module, size: int) -> tuple[int, int]:
 
 
 def print_fields(name: str, specs: list[LayerSpec], size: int) -> None:
-    """每层一行：输出、步长、感受野、起点。"""
+    """每层一行：输出、间隔（累积步幅）、感受野、起点。"""
     body = [
         [
             f.name,
@@ -71,7 +71,7 @@ def print_fields(name: str, specs: list[LayerSpec], size: int) -> None:
         ]
         for s, f in zip(specs, receptive_fields(specs, size), strict=True)
     ]
-    table = format_table([name, "k/s/p", "输出", "步长", "感受野", "起点"], body, (2, 3, 4, 5))
+    table = format_table([name, "k/s/p", "输出", "间隔", "感受野", "起点"], body, (2, 3, 4, 5))
     print("\n".join("  " + line for line in table.splitlines()))
 
 

@@ -253,8 +253,8 @@ def test_the_pieces_of_1998_by_hand() -> None:
     assert ScaledTanh()(torch.tensor([50.0])).item() == pytest.approx(1.7159)
     layer = Subsampling(2)
     with torch.no_grad():
-        layer.coefficient.copy_(torch.tensor([0.5, -1.0]).view(2, 1, 1))
-        layer.bias.copy_(torch.tensor([0.25, 1.0]).view(2, 1, 1))
+        layer.coefficient.copy_(torch.tensor([0.5, -1.0]))
+        layer.bias.copy_(torch.tensor([0.25, 1.0]))
     x = torch.arange(8.0).view(1, 2, 2, 2) / 10
     total = torch.tensor([0.5 * 0.6 + 0.25, -1.0 * 2.2 + 1.0])  # 2×2 之和 0.6 与 2.2
     torch.testing.assert_close(layer(x).flatten(), 1.7159 * torch.tanh(2 / 3 * total))
