@@ -30,12 +30,17 @@ def flip(x: Tensor, chosen: Tensor) -> Tensor:
     return torch.where(chosen.view(-1, 1, 1, 1), x.flip(-1), x)
 
 
+def _level(fill: Tensor) -> Tensor:
+    """每通道一个 ``(C,)`` 的填充值 -> 可广播；每张图一个 ``(B, 1, 1, 1)`` 的原样返回。"""
+    return fill.view(1, -1, 1, 1) if fill.ndim == 1 else fill
+
+
 def _pad(x: Tensor, pixels: int, fill: Tensor | float) -> Tensor:
-    """四周各填 ``pixels`` 个像素；``fill`` 为标量或每通道一个 ``(C,)``。"""
-    if isinstance(fill, Tensor):  # 减去填充值后补零，再加回来
-        level = fill.view(1, -1, 1, 1)
-        return F.pad(x - level, (pixels,) * 4) + level
-    return F.pad(x, (pixels,) * 4, value=fill)
+    """四周各填 ``pixels`` 个像素。"""
+    if not isinstance(fill, Tensor):
+        return F.pad(x, (pixels,) * 4, value=fill)
+    level = _level(fill)  # 减去填充值后补零，再加回来
+    return F.pad(x - level, (pixels,) * 4) + level
 
 
 def crop(x: Tensor, top: Tensor, left: Tensor, height: int, width: int) -> Tensor:
@@ -90,7 +95,7 @@ def erase(x: Tensor, top: Tensor, left: Tensor, size: int, fill: Tensor | float 
     rows = torch.arange(x.shape[2], device=x.device).view(1, -1, 1) - top.view(-1, 1, 1)
     columns = torch.arange(x.shape[3], device=x.device) - left.view(-1, 1, 1)
     inside = (rows >= 0) & (rows < size) & (columns >= 0) & (columns < size)  # (B, H, W)
-    level = fill.view(1, -1, 1, 1) if isinstance(fill, Tensor) else fill
+    level = _level(fill) if isinstance(fill, Tensor) else fill
     return torch.where(inside.unsqueeze(1), level, x)
 
 

@@ -161,7 +161,7 @@ def ablation_figure(
     grid = left.subplots(2, 4)
     for index, (axes, picture) in enumerate(zip(grid.flat, pictures, strict=True)):
         show(axes, picture, "original" if index == 0 else "")
-    left.suptitle("random rotation, scale, shift", fontsize=11, fontweight="bold")
+    left.suptitle("random rotation and shift", fontsize=11, fontweight="bold")
     axes = right.subplots()
     bars = {
         label: [scores[augment, norm] for augment in (False, True)]

@@ -148,3 +148,9 @@ def test_shift_of_the_whole_batch_by_hand() -> None:
     assert augment.shift(x, -1, -2, 9.0)[0, 0].tolist() == [[5, 9, 9], [9, 9, 9]]
     assert torch.equal(augment.shift(x, 0, 0), x)
     assert augment.shift(x, 2, 0, 9.0).eq(9).all()  # 整张移出图外
+
+
+def test_fill_may_differ_by_image(x: Tensor) -> None:
+    fill = torch.arange(6.0, dtype=torch.float64).view(6, 1, 1, 1)
+    assert augment.shift(x, 0, 2, fill)[..., :2].eq(fill).all()
+    assert augment.shift(x, 11, 0, fill).eq(fill).all()
