@@ -33,7 +33,7 @@ needs_torchvision = pytest.mark.usefixtures("needs_torchvision")
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """几百张图，不画图，不等落盘。"""
-    monkeypatch.setattr(datasets, "SYNTH_SIZES", {"train": 200, "val": 100, "test": 100})
+    monkeypatch.setattr(datasets, "SYNTH_SIZES", {"train": 120, "val": 50, "test": 50})
     monkeypatch.setattr(train.figures, "training_figures", lambda *_: {})
     monkeypatch.setattr(os, "fsync", lambda _: None)
 

@@ -123,13 +123,16 @@ def test_a_few_scenes_can_be_learned_by_heart(skips: bool) -> None:
     x, y = scenes.images.float() / 255 - 0.5, scenes.masks
     model = UNet(1 + len(CLASS_NAMES), widths=(12, 24, 48), skips=skips)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(120):
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, 150)  # 末尾不再跳动
+    for _ in range(150):
         optimizer.zero_grad()
         logits = model(x)
         (F.cross_entropy(logits, y) + dice_loss(logits, y)).backward()
         optimizer.step()
+        schedule.step()
     guesses = model(x).argmax(dim=1)
-    assert mean_iou(confusion_counts(guesses, y, 5)) > 0.9
+    # 没有跳跃连接时边界糊一些，要多走许多步才背得一像素不差
+    assert mean_iou(confusion_counts(guesses, y, 5)) > (0.95 if skips else 0.85)
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 60, 64), (1, 3, 64, 4), (1, 1, 64, 64), (3, 64, 64)])
