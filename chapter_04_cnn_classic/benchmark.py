@@ -266,9 +266,12 @@ def main(argv: Sequence[str] | None = None) -> dict:
     set_seed(args.seed)
     torch.set_num_threads(args.threads)
     parts = {"conv": conv_part, "data": data_part, "layout": layout_part}
+    chosen = PARTS if args.part == "all" else (args.part,)
+    if "data" in chosen:
+        import_torchvision()  # 不可用就在测量之前说，--part conv 与 layout 不需要它
     results, drawn, details = [], {}, {}
     with Timer() as timer:
-        for name in PARTS if args.part == "all" else [args.part]:
+        for name in chosen:
             found, pictures, numbers = parts[name](args)
             results += found
             drawn |= pictures
