@@ -99,7 +99,27 @@ def erase(x: Tensor, top: Tensor, left: Tensor, size: int, fill: Tensor | float 
     return torch.where(inside.unsqueeze(1), level, x)
 
 
+def turn(x: Tensor, mirrored: Tensor, flipped: Tensor, transposed: Tensor) -> Tensor:
+    """正方形的八种对称：每张图依次左右翻、上下翻、转置，三个标记为 bool ``(B,)``。
+
+    参数:
+        x: ``(B, C, S, S)``，图像或掩码；两者用同一组标记，就仍然对齐。
+    """
+    for chosen, move in (
+        (mirrored, lambda v: v.flip(3)),
+        (flipped, lambda v: v.flip(2)),
+        (transposed, lambda v: v.transpose(2, 3)),
+    ):
+        x = torch.where(chosen.view(-1, 1, 1, 1), move(x), x)
+    return x
+
+
 # ---------------------------------------------------------------- 随机参数
+
+
+def draw_symmetry(count: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """``count`` 张图的 (左右翻, 上下翻, 转置) 标记，各一半的机会，bool ``(3, count)``。"""
+    return (torch.rand(3, count, generator=generator) < 0.5).to(device)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 if not __package__:  # 直接运行脚本时，把仓库根目录加入模块搜索路径
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from chapter_04_cnn_classic import figures
+from chapter_04_cnn_classic import conv, figures
 from chapter_04_cnn_classic.conv import conv2d_fft, conv2d_im2col, conv2d_naive
 from chapter_04_cnn_classic.data import Data, load_data
 from chapter_04_cnn_classic.lenet import lenet5
@@ -58,10 +58,10 @@ LAYERS = ((3, 32), (32, 64))  # 输入 -> 输出通道
 KERNELS = (1, 3, 5, 7, 9, 11, 15)  # 核的边长，测三种写法的交叉点
 
 
-def conv_step(conv: Callable[..., Tensor], x: Tensor, weight: Tensor, grad: Tensor) -> None:
+def conv_step(function: Callable[..., Tensor], x: Tensor, weight: Tensor, grad: Tensor) -> None:
     """一次前向与反向；``x`` 要不要梯度由调用者决定。"""
     x.grad = weight.grad = None
-    conv(x, weight, padding=weight.shape[-1] // 2).backward(grad)
+    function(x, weight, padding=weight.shape[-1] // 2).backward(grad)
 
 
 def conv_operands(
@@ -73,17 +73,41 @@ def conv_operands(
     return x, weight, torch.randn(batch, out, 32, 32, generator=generator)
 
 
+def whole_batch(step: Callable[[], None]) -> None:
+    """不分块：一次摊开整批，作对照。"""
+    size, conv.CHUNK_BYTES = conv.CHUNK_BYTES, 2**62
+    try:
+        step()
+    finally:
+        conv.CHUNK_BYTES = size
+
+
 def compare_conv(repeats: int, batch: int, generator: torch.Generator) -> Seconds:
-    """两种层上 im2col 与 ``F.conv2d`` 的前向加反向，秒。"""
+    """两种层上 im2col 与 ``F.conv2d`` 的前向加反向，秒；另有不分块的，与单独一次矩阵乘法。"""
     contenders = {}
     for channels, out in LAYERS:
         operands = conv_operands(channels, out, 3, batch, generator)
         theirs = F.conv2d(*operands[:2], padding=1)
         assert torch.allclose(conv2d_im2col(*operands[:2], padding=1), theirs, atol=1e-3)
-        for name, conv in (("im2col", conv2d_im2col), ("F.conv2d", F.conv2d)):
-            step = partial(conv_step, conv, *operands)
+        for name, function in (("im2col", conv2d_im2col), ("F.conv2d", F.conv2d)):
+            step = partial(conv_step, function, *operands)
             contenders[f"{name}, {channels}->{out}"] = partial(seconds_of, step)
+    whole = partial(whole_batch, partial(conv_step, conv2d_im2col, *operands))
+    contenders[f"im2col unchunked, {channels}->{out}"] = partial(seconds_of, whole)
+    kernel = operands[1].detach().flatten(1)  # (O, K)
+    columns = torch.randn(kernel.shape[1], 32 * 32, generator=generator)  # 一个样本的列矩阵
+    contenders["matmul, one sample"] = partial(seconds_of, partial(torch.mm, kernel, columns))
     return alternate(contenders, repeats)
+
+
+def show_rates(seconds: Seconds, batch: int) -> None:
+    """32->64 通道的各项合每秒多少亿次乘加：前向加反向是三次同样大的矩阵乘法。"""
+    channels, out = LAYERS[-1]
+    one = out * 32 * 32 * channels * 9
+    for name, values in seconds.items():
+        if name.endswith(f"{channels}->{out}"):
+            print(f"{name:24s} 每秒 {3 * batch * one / min(values) / 1e8:5.0f} 亿次乘加")
+    print(f"{'matmul':24s} 每秒 {one / min(seconds['matmul, one sample']) / 1e8:5.0f} 亿次乘加")
 
 
 def sweep_kernels(repeats: int, batch: int, generator: torch.Generator) -> dict[str, list[float]]:
@@ -93,8 +117,8 @@ def sweep_kernels(repeats: int, batch: int, generator: torch.Generator) -> dict[
     for kernel in KERNELS:
         x, weight, _ = conv_operands(32, 32, kernel, batch, generator)
         work = {
-            name: partial(conv, x.detach(), weight.detach(), padding=kernel // 2)
-            for name, conv in functions.items()
+            name: partial(function, x.detach(), weight.detach(), padding=kernel // 2)
+            for name, function in functions.items()
         }
         seconds = alternate({name: partial(seconds_of, f) for name, f in work.items()}, repeats)
         for name, values in seconds.items():
@@ -118,6 +142,7 @@ def conv_part(args: argparse.Namespace) -> tuple[list[Result], dict, dict]:
     batch = 4 if args.smoke else 64
     seconds = compare_conv(args.repeats, batch, generator)
     show(seconds)
+    show_rates(seconds, batch)
     results = []
     for channels, out in LAYERS:
         ratio = quotient(seconds, f"im2col, {channels}->{out}", f"F.conv2d, {channels}->{out}")

@@ -23,6 +23,7 @@ from tqdm import tqdm
 if not __package__:  # 直接运行脚本时，把仓库根目录加入模块搜索路径
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from chapter_04_cnn_classic.augment import draw_symmetry, turn
 from chapter_04_cnn_classic.boxes import Curve, Detections, Objects, mean_average_precision
 from chapter_04_cnn_classic.detector import (
     STRIDE,
@@ -92,16 +93,13 @@ def random_symmetry(x: Tensor, boxes: Tensor, generator: torch.Generator) -> tup
         x: ``(B, C, S, S)``。
         boxes: ``(B, M, 4)``，像素。
     """
-    size = x.shape[-1]
-    draws = torch.rand(3, len(x), generator=generator).to(x.device) < 0.5
-    for flag, axis in zip(draws[:2], (3, 2), strict=True):
-        x = torch.where(flag.view(-1, 1, 1, 1), x.flip(axis), x)
-        low, high = (0, 2) if axis == 3 else (1, 3)
-        flipped = boxes.clone()
-        flipped[..., low], flipped[..., high] = size - boxes[..., high], size - boxes[..., low]
-        boxes = torch.where(flag.view(-1, 1, 1), flipped, boxes)
-    x = torch.where(draws[2].view(-1, 1, 1, 1), x.transpose(2, 3), x)
-    return x, torch.where(draws[2].view(-1, 1, 1), boxes[..., [1, 0, 3, 2]], boxes)
+    size, flags = x.shape[-1], draw_symmetry(len(x), generator, x.device)
+    for flag, (low, high) in zip(flags[:2], ((0, 2), (1, 3)), strict=True):
+        moved = boxes.clone()
+        moved[..., low], moved[..., high] = size - boxes[..., high], size - boxes[..., low]
+        boxes = torch.where(flag.view(-1, 1, 1), moved, boxes)
+    boxes = torch.where(flags[2].view(-1, 1, 1), boxes[..., [1, 0, 3, 2]], boxes)
+    return turn(x, *flags), boxes
 
 
 def blind_guess(train: Scenes, count: int) -> list[Detections]:

@@ -4,9 +4,9 @@
 多远（回归）。没有预先设定的锚框，也没有候选区域；多余的重复由 NMS 去掉。
 
 与论文的差别：
-- 只有步长 4 的一层特征，不按物体大小分配到五层；同一位置落在几个框里时仍取最小的一个。
+- 只有 1/4 大小的一层特征，不按物体大小分配到五层；同一位置落在几个框里时仍取最小的一个。
 - 没有 centre-ness 分支，代之以「中心采样」（作者后来的改进）：只有框中心附近的位置算正样本。
-- 距离以步长为单位，``步长 · exp(·)``；只有一层，不需要每层一个可学的缩放。
+- 距离以 ``STRIDE`` 个像素为单位，``STRIDE · exp(·)``；只有一层，不需要每层一个可学的缩放。
 - 主干是几层卷积，不预训练；论文用 ResNet-50 与 FPN。头里用 BatchNorm，论文用 GroupNorm。
 - 得分就是分类概率；论文乘以 centre-ness。
 
@@ -30,7 +30,7 @@ from chapter_04_cnn_classic.boxes import Detections, batched_nms, box_area, giou
 from chapter_04_cnn_classic.inputs import check_image
 
 STRIDE = 4  # 输入与特征图的边长之比，像素
-RADIUS = 1.5  # 中心采样的半径，以步长为单位
+RADIUS = 1.5  # 中心采样的半径，以 ``STRIDE`` 个像素为单位
 PRIOR = 0.01  # 训练之初，每个位置是某类物体的概率
 MAX_LOG = 5.0  # exp 之前的上限：4·e^5 ≈ 594 像素，远大于图，只防溢出
 BACKGROUND = -1
@@ -109,7 +109,7 @@ def boxes_from_distances(points: Tensor, distances: Tensor) -> Tensor:
 
 
 def assign_targets(points: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """每个位置负责哪个物体：在框内、且离框的中心不超过 ``RADIUS`` 个步长；有几个时取最小的框。
+    """每个位置负责哪个物体：在框内、且离框的中心不超过 ``RADIUS·STRIDE`` 像素；有几个时取最小的框。
 
     参数:
         points: ``(L, 2)``，像素。
@@ -211,7 +211,7 @@ def conv_block(in_channels: int, out_channels: int, stride: int = 1) -> nn.Seque
 class Detector(nn.Module):
     """一层特征的 FCOS。
 
-    主干下到步长 8（看得更远），再放大一倍与步长 4 的特征相加（位置更准），即只有一级的 FPN。
+    主干缩到 1/8（看得更远），再放大一倍与 1/4 大小的特征相加（位置更准），即只有一级的 FPN。
 
     参数:
         num_classes: 类别数，不含背景。

@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from chapter_04_cnn_classic.inputs import check_image
+from chapter_04_cnn_classic.pooling import global_avg_pool2d
 
 
 def nin_block(in_channels: int, channels: tuple[int, int, int], kernel: int) -> nn.Sequential:
@@ -54,7 +55,7 @@ class NiN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_image(x, self.in_channels, 8, "NiN")
-        return self.features(x).mean(dim=(2, 3))  # 每类一张特征图，全局平均就是得分
+        return global_avg_pool2d(self.features(x))  # 每类一张特征图，全局平均就是得分
 
 
 def nin_small(num_classes: int = 10, in_channels: int = 3, width: int = 96) -> NiN:

@@ -19,18 +19,25 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def warmup_cosine(step: int, total: int) -> float:
-    """学习率的倍数：前 5% 的步数线性升到 1，然后按余弦降到 0。"""
-    warmup = max(1, total // 20)
+def warmup_cosine(step: int, total: int, parts: int = 20) -> float:
+    """学习率的倍数：前 ``1/parts`` 的步数线性升到 1，然后按余弦降到 0。"""
+    warmup = max(1, total // parts)
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 def adamw_with_cosine(
-    model: nn.Module, lr: float, weight_decay: float, total: int
+    model: nn.Module, lr: float, weight_decay: float, total: int, parts: int = 20
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
-    """AdamW 与升温加余弦的调度；``total`` 是总步数，每步之后调用一次 ``schedule.step()``。"""
+    """AdamW 与升温加余弦的调度；每步之后调用一次 ``schedule.step()``。
+
+    参数:
+        total: 总步数。
+        parts: 前 ``1/parts`` 的步数用来升温。
+    """
     optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, total))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: warmup_cosine(step, total, parts)
+    )
     return optimizer, schedule

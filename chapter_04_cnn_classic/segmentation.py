@@ -24,6 +24,7 @@ from tqdm import tqdm
 if not __package__:  # 直接运行脚本时，把仓库根目录加入模块搜索路径
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from chapter_04_cnn_classic.augment import draw_symmetry, turn
 from chapter_04_cnn_classic.figures_segmentation import segmentation_figure
 from chapter_04_cnn_classic.recipe import adamw_with_cosine
 from chapter_04_cnn_classic.scenes import CLASS_NAMES, Scenes, load_scenes
@@ -79,17 +80,15 @@ def load_data(limit: int | None = None) -> Data:
     return Data(splits, *channel_stats(splits["train"].images))
 
 
-def flip_and_turn(x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """整批一起翻转、转置，正方形的八种对称各占 1/8；掩码必须与图像做同一件事。
+def random_symmetry(x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """每张图随机取正方形的八种对称之一；掩码必须与图像做同一件事。
 
     参数:
         x: ``(B, C, S, S)``。
         y: ``(B, S, S)``。
     """
-    flip, mirror, transpose = (torch.rand(3, generator=generator) < 0.5).tolist()
-    axes = [axis for axis, wanted in ((-1, flip), (-2, mirror)) if wanted]
-    x, y = x.flip(axes), y.flip(axes)
-    return (x.mT, y.mT) if transpose else (x, y)
+    flags = draw_symmetry(len(x), generator, x.device)
+    return turn(x, *flags), turn(y.unsqueeze(1), *flags).squeeze(1)
 
 
 # ---------------------------------------------------------------- 训练循环
@@ -116,7 +115,7 @@ def train_one_epoch(
     model.train()
     total, count = 0.0, 0
     for x, y in batches:
-        x, y = flip_and_turn(x, y, batches.generator)
+        x, y = random_symmetry(x, y, batches.generator)
         optimizer.zero_grad()
         # 通道放在内存的最里层：CPU 上的卷积快两三成
         logits = model(x.contiguous(memory_format=torch.channels_last))
@@ -150,7 +149,8 @@ def fit(
     generator = make_generator(args.seed)  # 打乱与翻转的随机性
     train = data.batches("train", args.batch_size, device, generator)
     val = data.batches("val", EVAL_BATCH, device)
-    optimizer, schedule = adamw_with_cosine(model, args.lr, WEIGHT_DECAY, args.epochs * len(train))
+    steps = args.epochs * len(train)
+    optimizer, schedule = adamw_with_cosine(model, args.lr, WEIGHT_DECAY, steps, parts=5)
     config = {key: getattr(args, key) for key in CONFIG_KEYS}
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     state = TrainingState(folder, config, generator, resume=args.resume, **parts)
@@ -189,7 +189,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-BAND = (0.85, 0.92)  # 缺省的设置，三个种子
+BAND = (0.87, 0.93)  # 缺省的设置，三个种子
 BAND_CONTROL = (0.75, 0.92)  # 各个对照（--no-skips、--loss），各一个种子
 
 

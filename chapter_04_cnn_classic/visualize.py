@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import argparse
-import pickle
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,11 +36,11 @@ from chapter_04_cnn_classic.interpret import (
 )
 from chapter_04_cnn_classic.lenet import lenet5
 from chapter_04_cnn_classic.vgg import vgg_small
+from chapter_04_cnn_classic.weights import load_torchvision_weights, read_state_dict
 from utils import (
     Expectation,
     Result,
     Timer,
-    UserError,
     conclude,
     get_device,
     make_generator,
@@ -84,28 +83,13 @@ def build(name: str, data: Images, classes: int, width: int = 16) -> nn.Module:
 
 
 def load_weights(name: str, path: Path, data: Images, classes: int) -> nn.Module:
-    """读入 state_dict；VGG 的宽度由第一个卷积得出。
+    """按权重建网络并装入；VGG 的宽度由第一个卷积得出。
 
     异常:
-        UserError: 文件不是 state_dict，或属于另一个网络。
+        UserError: 文件读不出来，或属于另一个网络。
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"--weights {path} 读不出来：应是 torch.save 存下的 state_dict") from error
-    first = state.get("features.0.weight") if isinstance(state, dict) else None
-    if not isinstance(first, Tensor):
-        raise UserError(f"--weights {path} 里没有 features.0.weight：应是 --model {name} 的权重")
-    model = build(name, data, classes, width=len(first))
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()[:120]
-        raise UserError(
-            f"--weights {path} 与 --model {name}"
-            f"（输入 {tuple(data.x.shape[1:])}，{classes} 类）不符：{reason}"
-        ) from error
-    return model
+    first = read_state_dict(path).get("features.0.weight", torch.empty(1))
+    return load_torchvision_weights(build(name, data, classes, width=len(first)), path)
 
 
 def prepare(args: argparse.Namespace, device: Any) -> tuple[nn.Module, Images, int]:

@@ -11,15 +11,11 @@ from torch import nn
 from utils import UserError
 
 
-def load_torchvision_weights(model: nn.Module, path: Path | str) -> nn.Module:
-    """把 ``.pth`` 文件里的 state_dict 装进 ``model`` 并返回它；任何一项不相配都不改动 ``model``。
-
-    参数:
-        model: 本章 ImageNet 形式的网络，如 ``vgg16()``。
-        path: torchvision 发布的权重文件，如 ``vgg16-397923af.pth``；只含张量，安全地读取。
+def read_state_dict(path: Path | str) -> dict[str, torch.Tensor]:
+    """安全地读一个只含张量的权重文件。
 
     异常:
-        UserError: 文件缺失或损坏，内容不是 state_dict，或者属于另一个模型。
+        UserError: 文件缺失或损坏，或者内容不是 state_dict。
     """
     path = Path(path)
     if not path.is_file():
@@ -31,8 +27,20 @@ def load_torchvision_weights(model: nn.Module, path: Path | str) -> nn.Module:
         raise UserError(f"权重文件 {path} 已损坏或不可信（{reason[:80]}）") from error
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise UserError(f"权重文件 {path} 的内容不是 state_dict（名字到张量的字典）")
-    wanted = model.state_dict()
-    name = type(model).__name__
+    return state
+
+
+def load_torchvision_weights(model: nn.Module, path: Path | str) -> nn.Module:
+    """把 ``.pth`` 文件里的 state_dict 装进 ``model`` 并返回它；任何一项不相配都不改动 ``model``。
+
+    参数:
+        model: 与文件相配的网络，如 ``vgg16()``。
+        path: torchvision 发布的权重文件，如 ``vgg16-397923af.pth``；``train.py`` 存下的也行。
+
+    异常:
+        UserError: 读不出来，或者属于另一个模型。
+    """
+    state, wanted, name = read_state_dict(path), model.state_dict(), type(model).__name__
     for key in (*wanted, *state):
         if key not in state:
             raise UserError(f"权重文件 {path} 不属于 {name}：缺少 {key}")

@@ -271,3 +271,9 @@ def test_no_official_kernel_runs(function: Callable[[Tensor], Tensor]) -> None:
     with Recorder() as recorder:  # 记录本身有效
         F.max_pool2d(F.conv2d(x, x[:1, :, :3, :3]), 2)
     assert recorder.official() == ["convolution", "max_pool2d_with_indices"]
+
+
+def test_one_by_one_convolution_is_a_linear_layer_at_each_pixel() -> None:
+    x, weight, bias = normal(2, 5, 4, 3), normal(7, 5, 1, 1, seed=1), normal(7, seed=2)
+    pixels = F.linear(x.movedim(1, -1), weight[:, :, 0, 0], bias).movedim(-1, 1)
+    assert_equal(conv2d_im2col(x, weight, bias), pixels)

@@ -177,15 +177,15 @@ def test_weights_load(name: str, tmp_path: Path) -> None:
 def test_wrong_weights_are_named(tmp_path: Path) -> None:
     path, out = tmp_path / "w.pt", ["--smoke", "--out-dir", str(tmp_path / "out")]
     cases = {
-        "没有 features.0.weight": {"a": torch.zeros(1)},
-        "不符": vgg_small(11, 10, 1, 8).state_dict(),
+        "缺少 features.0.weight": {"a": torch.zeros(1)},
+        "不属于这个 LeNet5": vgg_small(11, 10, 1, 8).state_dict(),
     }
     for words, state in cases.items():
         torch.save(state, path)
         with pytest.raises(UserError, match=words):
             visualize.main([*out, "--weights", str(path)])
     path.write_bytes(b"")
-    with pytest.raises(UserError, match="读不出来"):
+    with pytest.raises(UserError, match=r"w\.pt 已损坏"):
         visualize.main([*out, "--weights", str(path)])
 
 

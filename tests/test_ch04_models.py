@@ -130,6 +130,23 @@ def test_outputs_equal_torchvision(name: str, sizes: list[tuple[int, int]]) -> N
     assert torch.equal(*outputs) and not torch.equal(outputs[0], y)
 
 
+@pytest.mark.parametrize("name", ["vgg11_bn", "vgg13", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn"])
+@needs_torchvision
+def test_convolutional_part_equals_torchvision(name: str) -> None:
+    """其余六种：分类器与上面的同构，只比较各不相同的卷积部分，逐位相等。"""
+    with torch.device("meta"):
+        mine, theirs = ours(name)().features, official(name)().features
+    state = fill(theirs)
+    for features in (mine, theirs):
+        features.load_state_dict(state, assign=True)
+        features.eval()
+    x = normal(2, 3, 64, 47).float()
+    with torch.no_grad():
+        y = mine(x)
+        assert torch.equal(y, theirs(x))
+    assert y.isfinite().all() and (y[0] - y[1]).abs().max() > 0
+
+
 @needs_torchvision
 def test_alexnet_initialises_like_torchvision() -> None:
     states = []

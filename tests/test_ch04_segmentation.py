@@ -18,8 +18,8 @@ from chapter_04_cnn_classic.segmentation import (
     Data,
     background_miou,
     evaluate,
-    flip_and_turn,
     load_data,
+    random_symmetry,
     segmentation_loss,
     train_one_epoch,
 )
@@ -59,11 +59,13 @@ def test_image_and_mask_turn_together_in_all_eight_ways() -> None:
     y = (x[:, 0] > 0).long()
     generator, seen = make_generator(0), set()
     for _ in range(60):
-        turned, mask = flip_and_turn(x, y, generator)
+        turned, mask = random_symmetry(x, y, generator)
         assert torch.equal(mask, (turned[:, 0] > 0).long())
         assert torch.equal(turned.flatten(1).sort().values, x.flatten(1).sort().values)
-        seen.add(turned.contiguous().numpy().tobytes())
-    assert len(seen) == 8
+        seen.add(tuple(image.contiguous().numpy().tobytes() for image in turned))
+    for index in (0, 1):
+        assert len({pair[index] for pair in seen}) == 8
+    assert len(seen) > 20  # 两张图各抽各的：64 种组合
 
 
 def test_losses_add_up() -> None:
@@ -123,7 +125,7 @@ def test_one_epoch_is_the_loop_written_by_hand(data: Data) -> None:
     plain, _ = optimizer_of(by_hand)
     losses = []
     for x, y in batches:
-        x, y = flip_and_turn(x, y, batches.generator)
+        x, y = random_symmetry(x, y, batches.generator)
         plain.zero_grad()
         value = F.cross_entropy(by_hand(x), y) + dice_loss(by_hand(x), y)
         value.backward()

@@ -95,6 +95,7 @@ def test_warmup_then_cosine() -> None:
     assert factors[100] == pytest.approx(0.0, abs=1e-15)
     assert factors[5 + 95 // 2] == pytest.approx(0.5, abs=0.02)
     assert all(a >= b for a, b in zip(factors[5:], factors[6:], strict=False))
+    assert recipe.warmup_cosine(9, 50, 5) == 1.0 > recipe.warmup_cosine(8, 50, 5)
     assert recipe.warmup_cosine(0, 1) == 1.0  # 只有一步也不出错
 
 
