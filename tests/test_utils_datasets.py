@@ -79,13 +79,16 @@ def test_synth_digits_need_no_torchvision(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "torchvision", None)  # 导入即 ImportError
     assert len(load_images("synth-digits", "test", limit=20).images) == 20
     with pytest.raises(
-        UserError, match=r"torchvision 不可用（.*）.*pip install.*synth-digits 不受影响"
+        UserError,
+        match=r"torchvision 不可用（.*）.*pip install.*synth-digits 与 synth-objects 不受影响",
     ):
         import_torchvision()
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(ValueError, match="数据集 'minst' 不认识：可选 synth-digits、mnist"):
+    with pytest.raises(
+        ValueError, match="数据集 'minst' 不认识：可选 synth-digits、synth-objects、mnist"
+    ):
         load_images("minst", "train")
     with pytest.raises(ValueError, match="划分 'valid' 不认识：可选 train、val、test"):
         load_images("mnist", "valid")

@@ -14,6 +14,7 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -219,6 +220,9 @@ def run_main(main: Callable[[], Any]) -> NoReturn:
     try:
         main()
     except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            # 由 torchrun 启动：0 号有同样的错误时，它报告之后 torchrun 就会结束其余进程
+            time.sleep(2)
         _print_error(str(error))
         code = EXIT_USER_ERROR
     except KeyboardInterrupt:

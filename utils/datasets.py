@@ -3,7 +3,7 @@
 逐张解码、逐张变换的 DataLoader 在这样的小图上，花的时间是网络本身运算的好几倍
 （见第 2 章的 benchmark.py）。
 
-``synth-digits`` 由程序生成，不需要下载；其余为真实数据，经 torchvision 读取，
+``synth-digits`` 与 ``synth-objects`` 由程序生成，不需要下载；其余为真实数据，经 torchvision 读取，
 而 torchvision 只在用到时才导入。
 """
 
@@ -23,8 +23,9 @@ from torch import Tensor
 from utils.cli import UserError
 from utils.seed import make_generator
 from utils.synth_digits import make_synth_digits
+from utils.synth_objects import CLASS_NAMES, make_synth_objects
 
-IMAGE_DATASETS = ("synth-digits", "mnist", "fashion-mnist", "cifar10", "folder")
+IMAGE_DATASETS = ("synth-digits", "synth-objects", "mnist", "fashion-mnist", "cifar10", "folder")
 SPLITS = ("train", "val", "test")
 SYNTH_SIZES = {"train": 12_000, "val": 2_000, "test": 2_000}
 VAL_FRACTION = 1 / 12  # 从官方训练集中固定划出的验证集：MNIST 的 5000 张
@@ -74,8 +75,8 @@ def load_images(
         raise ValueError(f"数据集 {name!r} 不认识：可选 {'、'.join(IMAGE_DATASETS)}")
     if split not in SPLITS:
         raise ValueError(f"划分 {split!r} 不认识：可选 {'、'.join(SPLITS)}")
-    if name == "synth-digits":
-        return _load_synth_digits(split, generator, limit)
+    if name in SYNTHETIC:
+        return _load_synthetic(name, split, generator, limit)
     generator = generator or make_generator(SPLIT_SEED)
     if name == "folder":
         return _load_folder(split, Path(data_dir), generator, limit, image_size)
@@ -93,13 +94,20 @@ def _carve(count: int, split: str, generator: torch.Generator) -> Tensor:
     return order[:validation] if split == "val" else order[validation:]
 
 
-def _load_synth_digits(
-    split: str, generator: torch.Generator | None, limit: int | None
+# 名字 -> (生成函数, 类别的名字)
+SYNTHETIC = {
+    "synth-digits": (make_synth_digits, tuple("0123456789")),
+    "synth-objects": (make_synth_objects, CLASS_NAMES),
+}
+
+
+def _load_synthetic(
+    name: str, split: str, generator: torch.Generator | None, limit: int | None
 ) -> ImageSet:
     generator = generator or make_generator(SPLIT_SEED + SPLITS.index(split))
     count = min(SYNTH_SIZES[split], limit or SYNTH_SIZES[split])
-    images, labels = make_synth_digits(count, generator)
-    return ImageSet(images, labels, tuple("0123456789"))
+    make, class_names = SYNTHETIC[name]
+    return ImageSet(*make(count, generator), class_names)
 
 
 # ---------------------------------------------------------------- 真实数据
@@ -114,7 +122,7 @@ def import_torchvision() -> ModuleType:
         raise UserError(
             f"torchvision 不可用（{reason}）：它须与 torch {torch.__version__} 配对，"
             "请在同一条命令里重装：pip install --force-reinstall torch torchvision；"
-            "内置数据集 synth-digits 不受影响"
+            "内置数据集 synth-digits 与 synth-objects 不受影响"
         ) from error
     return torchvision
 

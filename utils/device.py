@@ -6,10 +6,12 @@ import contextlib
 import os
 import platform
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from utils.cli import UserError
 
@@ -68,6 +70,24 @@ class TorchDevice:
             return contextlib.nullcontext()
         return torch.autocast(self.type, dtype=dtype)
 
+    def compile(self, model: nn.Module) -> Callable[..., Tensor]:
+        """``torch.compile(model)``；先试编译一个极小的函数，没有编译器就在开始训练之前说清楚。
+
+        返回的与 ``model`` 共用参数；存盘与评估仍用 ``model``，因此检查点里没有 ``_orig_mod`` 前缀。
+
+        异常:
+            UserError: 这台机器上编译不了。
+        """
+        probe = torch.compile(lambda x: x.sin() + 1)
+        try:
+            probe(torch.zeros(8, device=self.device))
+        except RuntimeError as error:  # 编译失败的各种异常都属于 RuntimeError
+            raise UserError(
+                "--compile 需要编译器而这里用不了（CPU 上要 C++ 编译器如 g++，GPU 上要 triton）："
+                f"请安装，或去掉 --compile（{str(error).strip().splitlines()[0][:80]}）"
+            ) from error
+        return torch.compile(model)
+
     def __str__(self) -> str:
         return str(self.device)
 
@@ -90,10 +110,11 @@ def get_device(name: str = "auto") -> TorchDevice:
     present = available_devices()
     choices = "、".join(present)
     if name == "auto":
-        name = "cuda:0" if "cuda:0" in present else present[-1]
+        name = "cuda" if "cuda:0" in present else present[-1]
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise UserError(f"设备 {name!r} 写法不对：应为 auto、cpu、cuda、cuda:N 或 mps")
-    wanted = "cuda:0" if name == "cuda" else name
+    # 由 torchrun 启动时每个进程占一块，编号在 LOCAL_RANK 里
+    wanted = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
     if wanted not in present:
         raise UserError(f"本机没有设备 {name!r}：可用的有 {choices}，请改 --device")
     return TorchDevice(torch.device(wanted))

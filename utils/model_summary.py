@@ -10,7 +10,7 @@ import contextlib
 import math
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -123,6 +123,17 @@ class ModelSummary:
         """全部叶模块的输出所占的内存，MiB（训练时为反向传播保存的大致数量）。"""
         return sum(row.activation_bytes for row in self.rows) / MIB
 
+    def collapsed(self, depth: int) -> ModelSummary:
+        """只留 ``depth`` 层以内的行，更深的并入所属的那一行；合计不变。上百层的网络用得着。"""
+        rows: list[LayerRow] = []
+        for row in self.rows:
+            if row.depth <= depth:
+                rows.append(replace(row))
+            else:  # 各行按定义的顺序，所以最后留下的一行就是它的祖先
+                rows[-1].params += row.params
+                rows[-1].activation_bytes += row.activation_bytes
+        return replace(self, rows=rows)
+
     def __str__(self) -> str:
         header = ["模块", "类型", "输出形状", "参数", "乘加", "激活 MiB"]
         body = [
@@ -190,7 +201,8 @@ def model_summary(model: nn.Module, *inputs: Any) -> ModelSummary:
             row.macs += flops // 2  # 一次乘加记两次浮点运算
             row.calls += 1
             row.shape = _shape_text(output)
-            if next(module.children(), None) is None:
+            leaf = next(module.children(), None) is None
+            if leaf and not isinstance(module, nn.Identity):  # 恒等的输出就是输入，不另占内存
                 row.activation_bytes += sum(t.numel() * t.element_size() for t in _tensors(output))
 
         for module in rows:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from utils.cli import UserError
 from utils.file_io_util import CheckpointManager
@@ -23,6 +23,7 @@ class TrainingState:
         generator: 打乱与增强所用的生成器。
         resume: 真则读回最新的完好检查点（没有就从头开始），假则先删去旧的检查点，
             否则中断之后会接上从前另一次训练的。
+        writes: 多进程时只有 0 号为真，其余的只读检查点。
         parts: 有 ``state_dict`` 与 ``load_state_dict`` 的对象，须含 ``model``；
             如 ``model=..., optimizer=..., schedule=...``。
 
@@ -41,15 +42,17 @@ class TrainingState:
         generator: torch.Generator,
         *,
         resume: bool,
+        writes: bool = True,
         **parts: Any,
     ) -> None:
         self.checkpoints = CheckpointManager(folder)
         self.config = {key: str(value) for key, value in config.items()}
-        self.generator, self.parts = generator, parts
+        self.generator, self.parts, self.writes = generator, parts, writes
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {"score": None, "weights": {}}
         if not resume:
-            self.checkpoints.clear()
+            if writes:
+                self.checkpoints.clear()
         elif (saved := self.checkpoints.load_latest()) is not None:
             check_config(saved.get("config", {}), self.config)
             for name, part in parts.items():
@@ -69,14 +72,26 @@ class TrainingState:
         return self.best["weights"]
 
     def record(
-        self, row: Mapping[str, float], score: float, *, higher_is_better: bool = True
+        self,
+        row: Mapping[str, float],
+        score: float,
+        *,
+        higher_is_better: bool = True,
+        scored: nn.Module | None = None,
     ) -> None:
-        """一轮结束：记下 ``row``，``score`` 胜过以往就留下当前的权重，存检查点。"""
+        """一轮结束：记下 ``row``，``score`` 胜过以往就留下当前的权重，存检查点。
+
+        参数:
+            scored: ``score`` 属于哪个模型；缺省为 ``model``（用权重平均时是那份平均）。
+        """
         self.history.append({"epoch": self.epoch + 1, **row})
         sign = 1 if higher_is_better else -1
         if self.best["score"] is None or sign * score > sign * self.best["score"]:
-            weights = {k: v.clone() for k, v in self.parts["model"].state_dict().items()}
+            model = self.parts["model"] if scored is None else scored
+            weights = {k: v.clone() for k, v in model.state_dict().items()}
             self.best = {"score": score, "weights": weights}
+        if not self.writes:
+            return
         state = {name: part.state_dict() for name, part in self.parts.items()} | {
             "config": self.config,
             "generator": self.generator.get_state(),

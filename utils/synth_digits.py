@@ -144,7 +144,7 @@ def _stroke_points(knots: list[tuple[float, float]]) -> Tensor:
     return torch.cat([*pieces, p[-2:-1]])
 
 
-def _uniform(bounds: tuple[float, float], shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+def uniform(bounds: tuple[float, float], shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
     low, high = bounds
     return torch.rand(shape, generator=rng) * (high - low) + low
 
@@ -158,27 +158,27 @@ def _deform(points: Tensor, count: int, rng: torch.Generator) -> tuple[Tensor, T
     """
     wave = (WAVES, 1, count)
     base_x, base_y = points[:, 0, None], points[:, 1, None]  # (K, 1)
-    phase = _uniform(WAVE_NUMBER, wave, rng) * base_x + _uniform(WAVE_NUMBER, wave, rng) * base_y
+    phase = uniform(WAVE_NUMBER, wave, rng) * base_x + uniform(WAVE_NUMBER, wave, rng) * base_y
     phase = 2 * math.pi * (phase + torch.rand(wave, generator=rng))
     ripple = torch.sin(phase)  # (WAVES, K, N)
-    x = base_x + (_uniform(WAVE_AMPLITUDE, wave, rng) * ripple).sum(0)
-    y = base_y + (_uniform(WAVE_AMPLITUDE, wave, rng) * ripple).sum(0)
+    x = base_x + (uniform(WAVE_AMPLITUDE, wave, rng) * ripple).sum(0)
+    y = base_y + (uniform(WAVE_AMPLITUDE, wave, rng) * ripple).sum(0)
 
-    y = y * _uniform(SCALE_Y, (count,), rng) * HALF_HEIGHT
-    x = x * _uniform(SCALE_X, (count,), rng) * HALF_HEIGHT - y * _uniform(SHEAR, (count,), rng)
-    angle = _uniform(ROTATION, (count,), rng)
+    y = y * uniform(SCALE_Y, (count,), rng) * HALF_HEIGHT
+    x = x * uniform(SCALE_X, (count,), rng) * HALF_HEIGHT - y * uniform(SHEAR, (count,), rng)
+    angle = uniform(ROTATION, (count,), rng)
     cos, sin = angle.cos(), angle.sin()
-    shift_x, shift_y = _uniform(SHIFT, (2, count), rng)
+    shift_x, shift_y = uniform(SHIFT, (2, count), rng)
     centre = (IMAGE_SIZE - 1) / 2
     return centre + cos * x - sin * y + shift_x, centre + sin * x + cos * y + shift_y
 
 
 def _distractors(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """外圈的短直杂笔，返回笔迹点的像素坐标 x、y，形状都是 (K, N)。"""
-    place = _uniform((0, 2 * math.pi), (count,), rng)
-    distance = _uniform(DISTRACTOR_DISTANCE, (count,), rng)
-    heading = _uniform((0, math.pi), (count,), rng)
-    along = torch.linspace(-0.5, 0.5, 6)[:, None] * _uniform(DISTRACTOR_LENGTH, (count,), rng)
+    place = uniform((0, 2 * math.pi), (count,), rng)
+    distance = uniform(DISTRACTOR_DISTANCE, (count,), rng)
+    heading = uniform((0, math.pi), (count,), rng)
+    along = torch.linspace(-0.5, 0.5, 6)[:, None] * uniform(DISTRACTOR_LENGTH, (count,), rng)
     centre = (IMAGE_SIZE - 1) / 2
     x = centre + distance * place.cos() + along * heading.cos()
     return x, centre + distance * place.sin() + along * heading.sin()
@@ -205,23 +205,23 @@ def _ink(x: Tensor, y: Tensor, radius: Tensor, edge: Tensor) -> Tensor:
 
 def _render(points: Tensor, count: int, rng: torch.Generator) -> Tensor:
     """一副骨架 (K, 2) 的 count 张随机图像，返回 uint8 (N, H, W)。"""
-    radius, edge = _uniform(RADIUS, (count,), rng), _uniform(EDGE, (count,), rng)
+    radius, edge = uniform(RADIUS, (count,), rng), uniform(EDGE, (count,), rng)
     image = _ink(*_deform(points, count, rng), radius, edge)  # (H, W, N)
 
-    strength = _uniform(DISTRACTOR_INK, (count,), rng)
+    strength = uniform(DISTRACTOR_INK, (count,), rng)
     strength *= torch.rand(count, generator=rng) < DISTRACTOR_RATE
     distractor = _ink(*_distractors(count, rng), radius, edge).mul_(strength)
     torch.maximum(image, distractor, out=image)
 
-    ink, paper = _uniform(INK, (count,), rng), _uniform(PAPER, (count,), rng)
+    ink, paper = uniform(INK, (count,), rng), uniform(PAPER, (count,), rng)
     image.mul_(ink - paper).add_(paper)
-    noise = torch.randn(image.shape, generator=rng).mul_(_uniform(NOISE, (count,), rng))
+    noise = torch.randn(image.shape, generator=rng).mul_(uniform(NOISE, (count,), rng))
     image.add_(noise).clamp_(0, 1).mul_(255).round_()
     return image.to(torch.uint8).permute(2, 0, 1).contiguous()  # (H, W, N) -> (N, H, W)
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """其间 PyTorch 只用一个线程：每步运算只有几十微秒，别的进程占着 CPU 时，等线程到齐反慢十倍。"""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -231,7 +231,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-@_one_thread()
+@one_thread()
 def make_synth_digits(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """生成合成手写数字。
 

@@ -1,0 +1,58 @@
+"""``train.py`` 的图：训练曲线与混淆矩阵。"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from utils.plot import confusion_matrix, new_figure, plot_curves
+
+
+def history_figure(runs: Mapping[str, Mapping[str, Any]], chance: float) -> Figure:
+    """左：训练损失；右：验证错误率；每个网络一条线。"""
+    figure, axes = new_figure(1, 2)
+    epochs = [row["epoch"] for row in next(iter(runs.values()))["history"]]
+    losses = {name: [row["train_loss"] for row in run["history"]] for name, run in runs.items()}
+    errors = {
+        name: [100 * (1 - row["val_accuracy"]) for row in run["history"]]
+        for name, run in runs.items()
+    }
+    plot_curves(
+        axes[0, 0],
+        losses,
+        x=epochs,
+        ylabel="cross-entropy (nats)",
+        title="training loss",
+        references={"uniform guess": -np.log(chance)},
+    )
+    plot_curves(
+        axes[0, 1],
+        errors,
+        x=epochs,
+        ylabel="error (%)",
+        title="validation error",
+        references={"chance": 100 * (1 - chance)},
+    )
+    return figure
+
+
+def confusion_figure(counts: np.ndarray, names: Sequence[str]) -> Figure:
+    """混淆矩阵。"""
+    side = max(4.2, 0.5 * len(names))
+    figure, axes = new_figure(size=(side + 0.6, side))
+    confusion_matrix(axes[0, 0], counts, names)
+    return figure
+
+
+def training_figures(
+    runs: Mapping[str, Mapping[str, Any]], chance: float, names: Sequence[str]
+) -> dict[str, Figure]:
+    """``train.py`` 的全部图，``文件名 -> Figure``；混淆矩阵是第一个网络的。"""
+    first = next(iter(runs.values()))
+    return {
+        "history.png": history_figure(runs, chance),
+        "confusion.png": confusion_figure(np.array(first["confusion"]), names),
+    }

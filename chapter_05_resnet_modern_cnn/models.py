@@ -1,0 +1,76 @@
+"""名字 -> 小图网络与它的训练配方：本章各个脚本与测试共用的一张表。
+
+ImageNet 形式见各自的文件，用来装官方权重、核对参数量与输出。
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from chapter_05_resnet_modern_cnn.resnet import resnet10_cifar, resnet18_cifar
+from chapter_05_resnet_modern_cnn.resnet_cifar import CifarResNet
+from utils import UserError
+
+
+class Recipe(NamedTuple):
+    """一个网络怎样构造、怎样训练。
+
+    ``make(num_classes, in_channels)`` 返回网络；``lr`` 是峰值学习率。
+    """
+
+    make: Callable[..., nn.Module]
+    optimizer: str = "sgd"
+    lr: float = 0.1
+    weight_decay: float = 5e-4
+
+
+DEPTHS = (20, 32, 44, 56, 110)
+MODELS: dict[str, Recipe] = {
+    **{f"resnet{d}": Recipe(partial(CifarResNet, d)) for d in DEPTHS},
+    **{f"plain{d}": Recipe(partial(CifarResNet, d, shortcut=False)) for d in DEPTHS},
+    **{f"preact_resnet{d}": Recipe(partial(CifarResNet, d, preact=True)) for d in DEPTHS},
+    "resnet10": Recipe(resnet10_cifar),
+    "resnet18": Recipe(partial(resnet18_cifar, width=32)),
+}
+
+
+def twin(name: str) -> str | None:
+    """``resnetN`` 的孪生网络 ``plainN``；别的网络没有，为 ``None``。"""
+    plain = name.replace("resnet", "plain", 1)
+    return plain if plain != name and plain in MODELS else None
+
+
+def is_deep(name: str) -> bool:
+    """是否 ``6n+2`` 层的那一族，起始卷积的步长可选。"""
+    return isinstance(MODELS[name].make, partial) and MODELS[name].make.func is CifarResNet
+
+
+def build_model(
+    name: str, num_classes: int, shape: tuple[int, ...], stem_stride: int = 1
+) -> nn.Module:
+    """按名字构造小图网络。
+
+    参数:
+        name: ``MODELS`` 之一。
+        num_classes: 类别数。
+        shape: 一张图的形状 ``(C, H, W)``。
+        stem_stride: ``6n+2`` 层网络起始卷积的步长；2 时运算量约为四分之一。
+
+    异常:
+        UserError: 图太小等不相配之处。
+    """
+    options = {"stride": stem_stride} if is_deep(name) else {}
+    try:
+        model = MODELS[name].make(num_classes, shape[0], **options)
+        with torch.no_grad():  # 送进一张空图：图太小的网络这时就会报错
+            model.eval()(torch.zeros(1, *shape))
+        return model.train()
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"--model {name} 与数据不相配：{error}") from error
