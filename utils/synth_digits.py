@@ -145,6 +145,7 @@ def _stroke_points(knots: list[tuple[float, float]]) -> Tensor:
 
 
 def uniform(bounds: tuple[float, float], shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+    """``bounds`` 之间均匀分布的随机数。"""
     low, high = bounds
     return torch.rand(shape, generator=rng) * (high - low) + low
 
