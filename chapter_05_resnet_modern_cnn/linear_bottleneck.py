@@ -44,7 +44,7 @@ def recover(y: Tensor, matrix: Tensor) -> Tensor:
 
 
 def recoverable_probability(dimension: int, width: int) -> float:
-    """``P[Binomial(n, 1/2) ≥ d]``：随机的 T 之下，d 维的 x 能从 n 维的 ``ReLU(T x)`` 复原的概率。"""
+    """``P[Binomial(n, 1/2) ≥ d]``：T 随机，d 维的 x 能从 n 维的 ``ReLU(T x)`` 复原的概率。"""
     return sum(math.comb(width, j) for j in range(dimension, width + 1)) / 2**width
 
 

@@ -4,8 +4,8 @@
     1×1:     y_n = Σ_mj P_nmj u_mj
     合成:    y_n = Σ_m K_nm ⋆ x_m        K_nm = Σ_j P_nmj D_mj
 
-固定输入通道 m，把 N 个核 ``K_nm`` 摊成 ``N × k²`` 的矩阵：最后一式说它的秩不超过 r。因此最好的逼近就是
-逐输入通道的截断奇异值分解，r = min(N, k²) 时没有误差。
+固定输入通道 m，把 N 个核 ``K_nm`` 摊成 ``N × k²`` 的矩阵：最后一式说它的秩不超过 r。
+因此最好的逼近就是逐输入通道的截断奇异值分解，r = min(N, k²) 时没有误差。
 
 不处理: 逐深度卷积与 1×1 之间的 BatchNorm 与激活；中间有激活时，合成不再成立。
 
@@ -106,6 +106,6 @@ def factorize_kernel(weight: Tensor, multiplier: int = 1) -> tuple[Tensor, Tenso
 
 
 def rank_energy(weight: Tensor) -> Tensor:
-    """前 r 个奇异值占 ``‖K‖²`` 的份额，r = 1, 2, ...；``(N, M, k, k) -> (min(N, k²),)``，末项为 1。"""
+    """前 r = 1, 2, ... 个奇异值占 ``‖K‖²`` 的份额，``(N, M, k, k) -> (min(N, k²),)``。"""
     energy = _spectra(weight)[1].square().sum(dim=0)
     return energy.cumsum(0) / energy.sum()
