@@ -80,7 +80,7 @@ def test_costs(name: str, cost: tuple[int, int]) -> None:
 
 
 def test_macs_grow_as_the_rule_says() -> None:
-    """深度取实际的块数之比，``d w² r²`` 与乘加之比相差不到 12%；取名义的深度，B1 差四成。"""
+    """深度取实际的块数之比，``d w² r²`` 与乘加之比相差不到 13%；取名义的深度，B1 差四成。"""
     blocks, macs = {}, {}
     for name, scale in SCALES.items():
         stages = [stage.scaled(scale.width, scale.depth) for stage in B0_STAGES]
@@ -89,7 +89,7 @@ def test_macs_grow_as_the_rule_says() -> None:
     assert list(blocks.values()) == [16, 23, 23, 26, 32, 39, 45, 55]
     for name, scale in SCALES.items():
         rule = macs_multiplier(blocks[name] / 16, scale.width, scale.resolution / 224)
-        assert macs[name] / macs["b0"] == pytest.approx(rule, rel=0.12)
+        assert macs[name] / macs["b0"] == pytest.approx(rule, rel=0.13)
     nominal = macs_multiplier(SCALES["b1"].depth, 1, 240 / 224)
     assert macs["b1"] / macs["b0"] / nominal == pytest.approx(1.41, abs=0.01)
 
