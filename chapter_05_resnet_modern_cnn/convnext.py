@@ -140,5 +140,5 @@ def convnext_tiny(num_classes: int = 1000, drop_path: float = 0.1) -> ConvNeXt:
 
 
 def convnext_cifar(num_classes: int = 10, in_channels: int = 3) -> ConvNeXt:
-    """32 像素的形式：2×2 的小块，三级各两块，边长 16 -> 8 -> 4。"""
+    """32 像素的形式：908890 个参数；2×2 的小块，三级各两块，边长 16 -> 8 -> 4。"""
     return ConvNeXt((2, 2, 2), (48, 96, 192), 2, num_classes, in_channels)

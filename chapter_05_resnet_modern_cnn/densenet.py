@@ -164,14 +164,17 @@ class DenseNet(nn.Module):
 
 
 def stored_features(layers: int, channels: int, growth: int, memory_efficient: bool) -> int:
-    """一个稠密块前向之后、为反向留着的特征，每个像素多少个数（不计各通道的统计量与末尾的拼接）。
+    """一个稠密块前向之后、为反向留着的特征：每个像素多少个数。
 
-    第 ``l`` 层（从 0 数起）的输入有 ``C + lk`` 个通道。每层都留 BN2 的输入 ``4k``、ReLU2 的输出
-    ``4k`` 与新特征 ``k``；朴素实现另留拼接的结果与 ReLU1 的输出，各 ``C + lk``。
+    不计块的输出与各通道的统计量。第 ``l`` 层（从 0 数起）的输入有 ``C + lk`` 个通道。BatchNorm 与
+    卷积的反向都要用各自的输入：瓶颈之后的 BN2、conv2 各留 ``4k``，之前的 BN1、conv1 各留
+    ``C + lk``（ReLU 就地，用的是卷积的输入）。检查点不留后两个，改留重算的起点，即各层的新特征
+    ``k``；最后一层的除外，没有别的层读它。
     """
-    own = (2 * BOTTLENECK + 1) * growth
-    copies = 0 if memory_efficient else 2
-    return sum(own + copies * (channels + index * growth) for index in range(layers))
+    after = 2 * BOTTLENECK * growth * layers
+    if memory_efficient:
+        return after + growth * (layers - 1)
+    return after + 2 * sum(channels + index * growth for index in range(layers))
 
 
 # ---------------------------------------------------------------- ImageNet
@@ -232,7 +235,7 @@ def rename_old_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def densenet_cifar(
     num_classes: int = 10, in_channels: int = 3, memory_efficient: bool = False
 ) -> DenseNet:
-    """32 像素的 DenseNet-BC，40 层，k = 12；184674 个参数，边长 32 -> 16 -> 8。
+    """32 像素的 DenseNet-BC，40 层，k = 12；173962 个参数，边长 32 -> 16 -> 8。
 
     论文的 40 层形式三块各 6 层；这里按 2、6、10 分配同样的 18 层，从最贵的大图上挪走几层，
     乘加减半。

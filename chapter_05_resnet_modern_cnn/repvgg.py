@@ -157,7 +157,7 @@ class RepVGG(nn.Module):
     def fuse(self) -> RepVGG:
         """推理用的副本：每块换成「3×3 卷积、ReLU」，原来的不动。
 
-        返回的网络处于推理模式，与 ``self.eval()`` 的输出只差舍入；它没有了 BatchNorm，不宜接着训练。
+        返回的网络处于推理模式，与 ``self.eval()`` 的输出只差舍入；没有了 BatchNorm，不宜接着训练。
         """
         deployed = copy.deepcopy(self).eval()
         deployed.features = nn.Sequential(
@@ -167,10 +167,10 @@ class RepVGG(nn.Module):
 
 
 def repvgg_a0(num_classes: int = 1000) -> RepVGG:
-    """RepVGG-A0：训练时 9108984 个参数，折叠之后 8309384 个（1000 类）。"""
+    """RepVGG-A0：训练时 9108968 个参数，折叠之后 8309384 个（1000 类）。"""
     return RepVGG((1, 2, 4, 14, 1), (48, 48, 96, 192, 1280), (2, 2, 2, 2, 2), num_classes)
 
 
 def repvgg_cifar(num_classes: int = 10, in_channels: int = 3) -> RepVGG:
-    """32 像素的形式：前两级不缩小，边长 32 -> 16 -> 8 -> 4。"""
+    """32 像素的形式：训练时 553450 个参数，折叠之后 495778 个；边长 32、16、8、4。"""
     return RepVGG((1, 1, 2, 4, 1), (24, 24, 48, 96, 192), (1, 1, 2, 2, 2), num_classes, in_channels)
