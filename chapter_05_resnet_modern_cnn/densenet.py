@@ -1,8 +1,8 @@
 """DenseNet：每一层读前面**所有**层的输出，新特征拼接在后面；121、169、201 层，外加小图形式。
 
 本文件教什么：稠密块（growth rate、1×1 瓶颈）、压缩通道的过渡层；拼接为什么使朴素实现存下
-O(L²k) 的特征，以及怎样用检查点降到 O(Lk)：反向时重算「拼接、BatchNorm、ReLU、1×1 卷积」，
-而 BatchNorm 的滑动统计量只更新一次。ImageNet 形式的参数名、参数量与输出都与 torchvision 相同。
+O(L²k) 的特征，以及怎样用检查点降到 O(Lk)：反向时重算拼接、BatchNorm 与 ReLU，而 BatchNorm 的
+滑动统计量只更新一次。ImageNet 形式的参数名、参数量与输出都与 torchvision 相同。
 不涉及：论文不做增强时块内的 dropout。
 
 维度约定：``B, C, H, W``；L 是一个稠密块的层数，k 是 growth rate。
@@ -58,7 +58,10 @@ class DenseLayer(nn.Module):
         self.conv2 = nn.Conv2d(middle, growth, kernel_size=3, padding=1, bias=False)
 
     def bottleneck(self, *features: Tensor) -> Tensor:
-        """拼接，再压到 4k 个通道：大张量都在这里产生，检查点包住的就是它。"""
+        """拼接，再压到 4k 个通道：大张量都在这里产生，检查点包住的就是它。
+
+        卷积的反向只要它的输入，PyTorch 重算到凑齐要用的张量就停，因此卷积不会再做一遍。
+        """
         return self.conv1(self.relu1(self.norm1(torch.cat(features, dim=1))))
 
     def forward(self, features: list[Tensor]) -> Tensor:
@@ -111,7 +114,7 @@ class DenseNet(nn.Module):
         stem: 第一个稠密块之前的各层，按名字；``conv0`` 是第一个卷积。
         at_least: 最小的边长，像素：再小，过渡层就减到零。
         num_classes: 类别数。
-        memory_efficient: 反向时重算拼接（约多做一次 1×1 卷积的前向），内存由 O(L²k) 降到 O(Lk)。
+        memory_efficient: 反向时重算拼接、BatchNorm 与 ReLU（卷积不重做），内存由 O(L²k) 降到 O(Lk)。
 
     异常:
         ValueError: growth、blocks、num_classes 里有小于 1 的。

@@ -191,6 +191,20 @@ def test_recomputation_without_care_counts_twice(monkeypatch: pytest.MonkeyPatch
         assert torch.equal(a.grad, b.grad)
 
 
+def test_recomputation_stops_before_the_convolution() -> None:
+    """重算两次的只有拼接、BatchNorm、ReLU：卷积的反向不需要它自己的输出。"""
+    block = DenseBlock(2, 4, 3, memory_efficient=True)
+    calls = {"relu1": 0, "conv1": 0}
+    for name in calls:
+
+        def count(*_: object, name: str = name) -> None:
+            calls[name] += 1
+
+        getattr(block.denselayer2, name).register_forward_hook(count)
+    block(normal(2, 4, 3, 3).float()).sum().backward()
+    assert calls == {"relu1": 2, "conv1": 1}
+
+
 def test_borrowed_statistics_return_even_after_an_error() -> None:
     norm = nn.BatchNorm2d(3)
     own = dict(norm.named_buffers())
