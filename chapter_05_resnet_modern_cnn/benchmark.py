@@ -119,6 +119,7 @@ def parity_part(args: argparse.Namespace) -> tuple[list[Result], dict[str, Any]]
             step(model, x, y)
         gradients = [[p.grad for p in model.parameters()] for model in models]
         counts = [count_parameters(model) for model in models]
+        assert 0 < outputs[0].std() < 1e6, f"{name} 的输出不正常，比较没有意义"
         rows[name] = {
             "params": counts[0],
             "params_difference": abs(counts[0] - counts[1]),

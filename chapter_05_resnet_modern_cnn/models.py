@@ -12,8 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from chapter_05_resnet_modern_cnn.convnext import convnext_cifar
+from chapter_05_resnet_modern_cnn.densenet import densenet_cifar
+from chapter_05_resnet_modern_cnn.efficientnet import efficientnet_cifar
+from chapter_05_resnet_modern_cnn.mobilenet import mobilenet_v1_cifar, mobilenet_v2_cifar
+from chapter_05_resnet_modern_cnn.mobilenet_v3 import mobilenet_v3_cifar
+from chapter_05_resnet_modern_cnn.repvgg import repvgg_cifar
 from chapter_05_resnet_modern_cnn.resnet import resnet10_cifar, resnet18_cifar
-from chapter_05_resnet_modern_cnn.resnet_cifar import CifarResNet
+from chapter_05_resnet_modern_cnn.resnet_cifar import CifarResNet, PreActBlock, SEBlock
 from utils import UserError
 
 
@@ -33,9 +39,17 @@ DEPTHS = (20, 32, 44, 56, 110)
 MODELS: dict[str, Recipe] = {
     **{f"resnet{d}": Recipe(partial(CifarResNet, d)) for d in DEPTHS},
     **{f"plain{d}": Recipe(partial(CifarResNet, d, shortcut=False)) for d in DEPTHS},
-    **{f"preact_resnet{d}": Recipe(partial(CifarResNet, d, preact=True)) for d in DEPTHS},
+    **{f"preact_resnet{d}": Recipe(partial(CifarResNet, d, block=PreActBlock)) for d in DEPTHS},
+    **{f"se_resnet{d}": Recipe(partial(CifarResNet, d, block=SEBlock)) for d in DEPTHS},
     "resnet10": Recipe(resnet10_cifar),
     "resnet18": Recipe(partial(resnet18_cifar, width=32)),
+    "densenet": Recipe(densenet_cifar),
+    "mobilenet_v1": Recipe(mobilenet_v1_cifar),
+    "mobilenet_v2": Recipe(mobilenet_v2_cifar),
+    "mobilenet_v3": Recipe(mobilenet_v3_cifar),
+    "efficientnet": Recipe(efficientnet_cifar),
+    "repvgg": Recipe(repvgg_cifar),
+    "convnext": Recipe(convnext_cifar, "adamw", 2e-3, 0.05),
 }
 
 

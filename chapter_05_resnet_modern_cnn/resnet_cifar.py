@@ -1,4 +1,4 @@
-"""小图的 ``6n+2`` 层 ResNet，没有捷径的孪生网络，与预激活形式。
+"""小图的 ``6n+2`` 层 ResNet，没有捷径的孪生网络，预激活与 SE 形式。
 
     捷径:    y = ReLU(F(x) + x)        孪生:    y = ReLU(F(x))        预激活:  y = F(x) + x
 
@@ -7,19 +7,19 @@
 维度约定：``B, C, H, W``。
 
 参考: He et al., 2015, arXiv:1512.03385，第 4.2 节；
-He et al., 2016, Identity Mappings in Deep Residual Networks, arXiv:1603.05027（预激活）。
+He et al., 2016, Identity Mappings in Deep Residual Networks, arXiv:1603.05027（预激活）；
+Hu et al., 2017, Squeeze-and-Excitation Networks, arXiv:1709.01507，图 3（SE-ResNet）。
 README「退化问题」与「预激活」。
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chapter_04_cnn_classic.inputs import check_image
 from chapter_05_resnet_modern_cnn.resnet import conv3x3, initialize, zero_last_gamma
+from chapter_05_resnet_modern_cnn.se import SqueezeExcitation
 
 
 class PadShortcut(nn.Module):
@@ -92,6 +92,23 @@ class PreActBlock(CifarBlock):
         return out if self.shortcut is None else out + self.shortcut(x)
 
 
+class SEBlock(CifarBlock):
+    """残差分支末尾加上 SE：相加之前给每个通道一个由内容决定的系数。
+
+    压缩比为 4；论文为 16，那里的通道多得多。
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int = 1, shortcut: bool = True
+    ) -> None:
+        super().__init__(in_channels, out_channels, stride, shortcut)
+        self.se = SqueezeExcitation(out_channels, max(1, out_channels // 4))
+
+    def residual(self, x: Tensor) -> Tensor:
+        """``F(x)``。"""
+        return self.se(super().residual(x))
+
+
 class CifarResNet(nn.Module):
     """论文第 4.2 节的 ``6n+2`` 层小图网络，``(B, in_channels, H, W) -> (B, num_classes)``。
 
@@ -101,7 +118,7 @@ class CifarResNet(nn.Module):
         depth: 层数，``6n+2``：20、32、44、56、110……
         width: 第一个阶段的通道数，论文为 16。
         shortcut: 假则为孪生网络。
-        preact: 真则用预激活形式。
+        block: ``CifarBlock``、``PreActBlock`` 或 ``SEBlock``。
         stride: 起始卷积的步长；2 时各阶段的边长减半，运算量约为四分之一。
         zero_init_residual: 是否用 ``zero_last_gamma`` 初始化（预激活形式没有末尾的 γ，不适用）。
     """
@@ -114,20 +131,19 @@ class CifarResNet(nn.Module):
         *,
         width: int = 16,
         shortcut: bool = True,
-        preact: bool = False,
+        block: type[CifarBlock] = CifarBlock,
         stride: int = 1,
         zero_init_residual: bool = False,
     ) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
             raise ValueError(f"depth={depth} 应为 6n+2，如 20、32、44、56、110")
-        if zero_init_residual and (preact or not shortcut):
+        self.preact = block is PreActBlock
+        if zero_init_residual and (self.preact or not shortcut):
             raise ValueError("zero_init_residual 只适用于有捷径、非预激活的网络")
-        block: Callable[..., CifarBlock] = PreActBlock if preact else CifarBlock
         self.in_channels = in_channels
         self.conv1 = conv3x3(in_channels, width, stride)
-        self.bn1 = nn.BatchNorm2d(4 * width if preact else width)
-        self.preact = preact
+        self.bn1 = nn.BatchNorm2d(4 * width if self.preact else width)
         blocks, channels = [], width
         for stage in range(3):
             for index in range((depth - 2) // 6):
@@ -186,4 +202,4 @@ def plain110(num_classes: int = 10, in_channels: int = 3) -> CifarResNet:
 
 def preact_resnet20(num_classes: int = 10, in_channels: int = 3) -> CifarResNet:
     """20 层的预激活形式。"""
-    return CifarResNet(20, num_classes, in_channels, preact=True)
+    return CifarResNet(20, num_classes, in_channels, block=PreActBlock)

@@ -259,6 +259,24 @@ def test_weights_of_another_model(change, words: str, tmp_path: Path) -> None:
     assert str(path) in str(caught.value) and flatten(model.state_dict()) == before
 
 
+def test_weights_older_than_num_batches_tracked(tmp_path: Path) -> None:
+    """早年的文件没有这一项，且有的网络改过名字；别的仍须齐全。"""
+    source, model = (build_model("vgg11_bn", 10, 3, 32) for _ in range(2))
+    state = {k: v for k, v in source.state_dict().items() if "num_batches" not in k}
+    path = tmp_path / "old.pth"
+    torch.save(state, path)
+    load_torchvision_weights(model, path)
+    assert flatten(model.state_dict()) == flatten(source.state_dict())
+    torch.save({f"old.{key}": value for key, value in state.items()}, path)
+    fresh = build_model("vgg11_bn", 10, 3, 32)
+    with pytest.raises(UserError, match=r"缺少 features\.0\.weight"):
+        load_torchvision_weights(fresh, path)
+    load_torchvision_weights(
+        fresh, path, lambda old: {k.removeprefix("old."): v for k, v in old.items()}
+    )
+    assert flatten(fresh.state_dict()) == flatten(source.state_dict())
+
+
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
 def test_damaged_weights(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "broken.pth"

@@ -1,0 +1,45 @@
+"""``pareto.py`` 的图。"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.figure import Figure
+
+from utils.plot import new_figure
+
+
+def front(costs: Sequence[float], gains: Sequence[float]) -> list[int]:
+    """帕累托前沿上的下标，按代价由小到大：没有别人又便宜又好。"""
+    chosen: list[int] = []
+    for index in sorted(range(len(costs)), key=lambda i: (costs[i], -gains[i])):
+        if not chosen or gains[index] > gains[chosen[-1]]:
+            chosen.append(index)
+    return chosen
+
+
+def pareto_figure(rows: Mapping[str, Mapping[str, float]]) -> Figure:
+    """准确率对乘加（左）、对一张图的延迟（右），代价为对数轴；线是帕累托前沿，点的面积为参数量。"""
+    figure, axes = new_figure(1, 2, size=(11.5, 4.8))
+    names = list(rows)
+    gains = [100 * row["accuracy"] for row in rows.values()]
+    areas = [20 + row["params"] / 4000 for row in rows.values()]
+    panels = (
+        ([row["macs"] / 1e6 for row in rows.values()], "multiply-adds (M)"),
+        ([row["latency_1_ms"] for row in rows.values()], "CPU latency, one image, one thread (ms)"),
+    )
+    for axis, (costs, label) in zip(axes[0], panels, strict=True):
+        best = front(costs, gains)
+        axis.plot([costs[i] for i in best], [gains[i] for i in best], color="0.6", zorder=1)
+        axis.scatter(costs, gains, s=areas, zorder=2, alpha=0.8)
+        for index, name in enumerate(names):
+            axis.annotate(
+                name, (costs[index], gains[index]), (6, -11), textcoords="offset points", fontsize=8
+            )
+        axis.set_xscale("log")
+        axis.set_xlabel(label)
+        axis.set_ylabel("test accuracy (%)")
+        axis.margins(x=0.16, y=0.1)
+    axes[0, 0].set_title("accuracy against arithmetic (area: parameters)")
+    axes[0, 1].set_title("accuracy against measured time")
+    return figure
