@@ -38,8 +38,8 @@ def load_torchvision_weights(
 ) -> nn.Module:
     """把 ``.pth`` 文件里的 state_dict 装进 ``model`` 并返回它；任何一项不相配都不改动 ``model``。
 
-    PyTorch 0.4.1 之前的 BatchNorm 没有 ``num_batches_tracked``，早年发布的文件里也就没有；它在缺省的
-    设置下不参与计算，缺了沿用 ``model`` 的。
+    PyTorch 0.4.1 之前的 BatchNorm 没有 ``num_batches_tracked``，早年发布的文件里也就没有；它在缺省
+    的设置下不参与计算，缺了沿用 ``model`` 的。
 
     参数:
         model: 与文件相配的网络，如 ``vgg16()``。

@@ -56,3 +56,19 @@ def training_figures(
         "history.png": history_figure(runs, chance),
         "confusion.png": confusion_figure(np.array(first["confusion"]), names),
     }
+
+
+def gallery_figure(images: np.ndarray, names: Sequence[str]) -> Figure:
+    """每类一行的画廊；``images`` 为 uint8 ``(类数 · 列数, 3, H, W)``，按类排列。"""
+    columns = len(images) // len(names)
+    size = images.shape[2] + 2  # 每张图四周留一像素白边
+    padded = np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=255)
+    canvas = padded.reshape(len(names), columns, 3, size, size).transpose(0, 3, 1, 4, 2)
+    figure, axes = new_figure(size=(7.6, 7.0))
+    axes[0, 0].imshow(canvas.reshape(len(names) * size, columns * size, 3))
+    axes[0, 0].set_yticks([(k + 0.5) * size for k in range(len(names))], names)
+    axes[0, 0].set_xticks([])
+    axes[0, 0].grid(False)
+    for spine in axes[0, 0].spines.values():
+        spine.set_visible(False)
+    return figure
