@@ -180,7 +180,7 @@ def train_and_test(
 
 # ---------------------------------------------------------------- 入口
 
-EPOCHS = {"synth-objects": 7}  # 其余 14 轮
+EPOCHS = {"synth-objects": 7}  # 其余 12 轮
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -216,7 +216,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--image-size", type=positive_int, default=32, metavar="N", help="folder 的边长，像素")
     args = parser.parse_args(argv)
     synthetic = args.dataset == "synth-objects"
-    args.epochs = args.epochs or EPOCHS.get(args.dataset, 14)
+    args.epochs = args.epochs or EPOCHS.get(args.dataset, 12)
     if args.weight_decay is None:
         args.weight_decay = MODELS[args.model].weight_decay
     if args.stem_stride is not None and not is_deep(args.model):
