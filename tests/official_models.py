@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -10,7 +11,33 @@ from torch import Tensor, nn
 
 from chapter_03_optimization_regularization.regularization import DropPath
 from tests.parity import normal
-from utils import make_generator
+from utils import make_generator, model_summary
+from utils.file_io_util import REPO_ROOT
+
+
+PAGE = REPO_ROOT / "chapter_05_resnet_modern_cnn" / "efficient.md"
+
+
+def page_costs() -> dict[str, tuple[int, ...]]:
+    """efficient.md 的总表：构造函数 -> (输入边长, 参数, 乘加)。"""
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (\d+) \| (\d+) \|$", PAGE.read_text("utf-8"), re.M)
+    return {name: tuple(map(int, numbers)) for name, *numbers in rows}
+
+
+def shares(model: nn.Module, size: int) -> dict[str, tuple[float, float]]:
+    """各类卷积的 (参数, 乘加) 占全网络的百分数：``full``、``depthwise``、``pointwise``、``se``。"""
+    summary = model_summary(model, torch.empty(1, 3, size, size))
+    rows, found = {row.path: row for row in summary.rows}, {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            small = "pointwise" if layer.kernel_size == (1, 1) else "full"
+            kind = "se" if ".fc" in name else "depthwise" if layer.groups > 1 else small
+            params, macs = found.get(kind, (0.0, 0.0))
+            found[kind] = (
+                params + 100 * rows[name].params / summary.total_params,
+                macs + 100 * rows[name].macs / summary.total_macs,
+            )
+    return found
 
 
 def official(name: str) -> Callable[..., nn.Module]:

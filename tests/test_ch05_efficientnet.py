@@ -23,11 +23,14 @@ from chapter_05_resnet_modern_cnn.efficientnet import (
 )
 from chapter_05_resnet_modern_cnn.se import SqueezeExcitation
 from tests.official_models import (
+    PAGE,
     assert_same_initialisation,
     assert_same_numbers,
     assert_same_structure,
     assert_trains,
     official,
+    page_costs,
+    shares,
 )
 from utils import count_parameters, model_summary
 
@@ -74,13 +77,14 @@ def test_costs(name: str, cost: tuple[int, int]) -> None:
     with torch.device("meta"):
         summary = model_summary(getattr(module, name)(), torch.empty(1, 3, size, size))
     assert (summary.total_params, summary.total_macs) == cost
+    assert page_costs()[name] == (size, *cost)
     paper = dict(zip(SCALES, (0.39, 0.70, 1.0, 1.8, 4.2, 9.9, 19, 37), strict=True))
     if name[-2:] in paper:
         assert cost[1] / 1e9 == pytest.approx(paper[name[-2:]], rel=0.05)
 
 
 def test_macs_grow_as_the_rule_says() -> None:
-    """深度取实际的块数之比，``d w² r²`` 与乘加之比相差不到 13%；取名义的深度，B1 差四成。"""
+    """深度取实际的块数之比，``d w² r²`` 与乘加之比相差不到 13%。页面的表由此而来。"""
     blocks, macs = {}, {}
     for name, scale in SCALES.items():
         stages = [stage.scaled(scale.width, scale.depth) for stage in B0_STAGES]
@@ -88,10 +92,21 @@ def test_macs_grow_as_the_rule_says() -> None:
         macs[name] = COSTS[f"efficientnet_{name}"][1]
     assert list(blocks.values()) == [16, 23, 23, 26, 32, 39, 45, 55]
     for name, scale in SCALES.items():
-        rule = macs_multiplier(blocks[name] / 16, scale.width, scale.resolution / 224)
-        assert macs[name] / macs["b0"] == pytest.approx(rule, rel=0.13)
-    nominal = macs_multiplier(SCALES["b1"].depth, 1, 240 / 224)
-    assert macs["b1"] / macs["b0"] / nominal == pytest.approx(1.41, abs=0.01)
+        ratios = scale.width, scale.resolution / 224
+        nominal, rule = (macs_multiplier(d, *ratios) for d in (scale.depth, blocks[name] / 16))
+        actual = macs[name] / macs["b0"]
+        assert actual == pytest.approx(rule, rel=0.13)
+        row = [f"{v:.2f}" for v in (nominal, rule, actual)]
+        row = [name.upper(), scale.depth, scale.width, scale.resolution, blocks[name], *row]
+        assert f"| {' | '.join(map(str, row))} |" in PAGE.read_text("utf-8")
+
+
+def test_shares_quoted_on_the_page() -> None:
+    """普通 3×3 卷积占乘加的份额：V2-S 用 Fused-MBConv。"""
+    with torch.device("meta"):
+        b0, v2 = shares(efficientnet_b0(), 224), shares(module.efficientnet_v2_s(), 384)
+    assert b0["full"][1] == pytest.approx(2.8, abs=0.05)
+    assert v2["full"][1] == pytest.approx(49, abs=0.1)
 
 
 def test_stage_scaling_by_hand() -> None:
@@ -187,7 +202,8 @@ def test_cifar_form() -> None:
         model = efficientnet_cifar()
         summary = model_summary(model, torch.empty(1, 3, 32, 32))
         assert model.features(torch.empty(1, 3, 32, 32)).shape[2:] == (4, 4)
-    assert (summary.total_params, summary.total_macs) == (109144, 5361920)
+    cost = summary.total_params, summary.total_macs
+    assert page_costs()["efficientnet_cifar"] == (32, *cost)
     assert_trains(efficientnet_cifar(num_classes=2, in_channels=1), 1, lr=3e-3, steps=15)
 
 
