@@ -14,7 +14,6 @@ from tests.parity import normal
 from utils import make_generator, model_summary
 from utils.file_io_util import REPO_ROOT
 
-
 PAGE = REPO_ROOT / "chapter_05_resnet_modern_cnn" / "efficient.md"
 
 

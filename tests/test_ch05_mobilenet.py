@@ -40,6 +40,12 @@ from chapter_05_resnet_modern_cnn.separable import (
     rank_energy,
     separable_macs,
 )
+from chapter_05_resnet_modern_cnn.topics_efficient import (
+    accuracy,
+    accuracy_by_rank,
+    counted_ratio,
+    two_layer_net,
+)
 from tests.official_models import (
     PAGE,
     assert_same_initialisation,
@@ -216,6 +222,15 @@ def test_factorisation_is_the_best() -> None:
     assert_equal(rank_energy(weight[:, 2:3]), values.square().cumsum(0) / values.square().sum())
     separable = compose_kernel(normal(4, 1, 3, 3), normal(6, 4, 1, 1), in_channels=4)
     assert rank_energy(separable)[0].item() == pytest.approx(1)
+
+
+def test_accuracy_by_rank_puts_the_weights_back() -> None:
+    model, x, y = two_layer_net(), torch.rand(60, 1, 28, 28), torch.arange(60) % 10
+    before = model[3].weight.clone()
+    scores = accuracy_by_rank(model, 3, x, y)
+    assert torch.equal(model[3].weight, before)
+    assert len(scores) == 25 and scores[-1] == accuracy(model, x, y)
+    assert counted_ratio(5, 16) == cost_ratio(5, 16)
 
 
 # ---------------------------------------------------------------- 线性瓶颈
