@@ -161,7 +161,9 @@ def train_and_test(
         summary = model_summary(model, torch.zeros(1, *data.shape, device=device.device))
         print(summary if len(summary.rows) < LONG_TABLE else summary.collapsed(2))
     with Timer(device) as timer:
-        state = fit(name, model, data, args, device, out_dir / f"checkpoints_{name}")
+        # 文件夹不以网络命名：换了网络又 --resume，应当得到错误，而不是悄悄从头开始
+        folder = "checkpoints" if name == args.model else "checkpoints_against"
+        state = fit(name, model, data, args, device, out_dir / folder)
         timer.lap("训练")
     model.load_state_dict(state.best_weights)
     test = data.evaluation("test", device.device)
