@@ -114,7 +114,7 @@ class DenseNet(nn.Module):
         stem: 第一个稠密块之前的各层，按名字；``conv0`` 是第一个卷积。
         at_least: 最小的边长，像素：再小，过渡层就减到零。
         num_classes: 类别数。
-        memory_efficient: 反向时重算拼接、BatchNorm 与 ReLU（卷积不重做），内存由 O(L²k) 降到 O(Lk)。
+        memory_efficient: 反向时重算拼接、BatchNorm 与 ReLU，不重做卷积；内存由 O(L²k) 降到 O(Lk)。
 
     异常:
         ValueError: growth、blocks、num_classes 里有小于 1 的。

@@ -9,7 +9,7 @@
 维度约定：``B, C, H, W``；卷积核 ``(C_out, C_in / groups, 3, 3)``。
 
 参考: Ding, Zhang, Ma, Han, Ding, Sun, 2021, RepVGG: Making VGG-style ConvNets Great Again,
-arXiv:2101.03697，3.3 节、表 2 与表 3。modern.md「RepVGG」。
+arXiv:2101.03697，3.3 与 3.4 节。modern.md「RepVGG」。
 """
 
 from __future__ import annotations

@@ -27,6 +27,12 @@ from utils.topics import Check, Outcome, Topic
 CHANNELS, GROWTH, SHAPE = 24, 12, (4, 16, 16)  # 块的输入通道 C，k，(B, H, W)
 
 
+def feature_maps() -> Tensor:
+    """块的输入 ``(B, C, H, W)``：内存与数值无关。"""
+    batch, height, width = SHAPE
+    return torch.ones(batch, CHANNELS, height, width)
+
+
 def formula_bytes(layers: int, efficient: bool) -> int:
     """公式：留着的特征与块的输出，float32，字节。"""
     features = stored_features(layers, CHANNELS, GROWTH, efficient) + CHANNELS + layers * GROWTH
@@ -35,9 +41,8 @@ def formula_bytes(layers: int, efficient: bool) -> int:
 
 def stored_bytes(layers: int, efficient: bool) -> tuple[int, int]:
     """实测：一个稠密块前向之后活着的字节，整步的峰值。"""
-    batch, height, width = SHAPE
     block = DenseBlock(layers, CHANNELS, GROWTH, efficient)
-    x = torch.randn(batch, CHANNELS, height, width)
+    x = feature_maps()
     with TensorMemory() as memory:
         y = block(x)
         live = memory.live
@@ -47,9 +52,8 @@ def stored_bytes(layers: int, efficient: bool) -> tuple[int, int]:
 
 def step_timeline(layers: int, efficient: bool) -> list[int]:
     """一步之内每经过一层的峰值，字节：前向 L 段，反向 L 段。"""
-    batch, height, width = SHAPE
     block = DenseBlock(layers, CHANNELS, GROWTH, efficient)
-    x = torch.randn(batch, CHANNELS, height, width)
+    x = feature_maps()
     peaks: list[int] = []
     with TensorMemory() as memory:
 
@@ -71,10 +75,9 @@ def step_timeline(layers: int, efficient: bool) -> list[int]:
 
 def gradient_gap(seed: int) -> float:
     """小图 DenseNet 的一步：设与不设检查点，输出、梯度、滑动统计量的最大差。"""
-    torch.manual_seed(seed)
     models = densenet_cifar(), densenet_cifar(memory_efficient=True)
     models[1].load_state_dict(models[0].state_dict())
-    x = torch.randn(4, 3, 16, 16)
+    x = torch.randn(4, 3, 16, 16, generator=make_generator(seed))
     found = []
     for model in models:
         output = model(x)

@@ -124,7 +124,7 @@ def test_training_mode_is_another_function() -> None:
 
 
 def test_the_paper_parameters() -> None:
-    """论文表 3：RepVGG-A0 训练时 9.11 M；折叠之后 8.30 M，乘加 1.4 G（224 像素）。"""
+    """文献给出的 RepVGG-A0：训练时 9.11 M，折叠之后 8.30 M，乘加 1.4 G（224 像素）。"""
     with torch.device("meta"):
         model = repvgg_a0()
         deployed, image = model.fuse(), torch.empty(1, 3, 224, 224)
