@@ -51,7 +51,7 @@ def stored_bytes(layers: int, efficient: bool) -> tuple[int, int]:
 
 
 def step_timeline(layers: int, efficient: bool) -> list[int]:
-    """一步之内每经过一层的峰值，字节：前向 L 段，反向 L 段。"""
+    """一步之内每经过一层的峰值，字节：前向 L 段，反向 L 段；其中最大的就是整步的峰值。"""
     block = DenseBlock(layers, CHANNELS, GROWTH, efficient)
     x = feature_maps()
     peaks: list[int] = []
@@ -69,7 +69,8 @@ def step_timeline(layers: int, efficient: bool) -> list[int]:
             layer.register_forward_hook(forward_done)
         block(x).sum().backward()
         note()  # 第一层自己的反向
-    del peaks[layers]  # 最后一层的梯度齐了之时，还没有反向过任何一层
+    turn = peaks.pop(layers)  # 末尾的拼接，及它的反向：并入反向的第一段
+    peaks[layers] = max(turn, peaks[layers])
     return peaks
 
 
