@@ -110,7 +110,7 @@ def find_pairs(model: nn.Module, *example: Tensor) -> list[tuple[nn.Module, nn.M
     """运行一次 ``model(*example)``，返回可以折叠的 (卷积, BatchNorm)，按运行的先后。
 
     条件：卷积与 BatchNorm 各恰好运行一次；BatchNorm 读的就是卷积的输出；此外没有谁读过那个输出，
-    它也不是整个网络的输出。分支随输入而变的网络，只看得到这一次走过的路。
+    它也不是整个网络的输出；BatchNorm 有运行统计量。分支随输入而变的网络，只看得到这一次走过的路。
     """
     runs: Counter[nn.Module] = Counter()
     makers: dict[int, nn.Module] = {}
@@ -147,6 +147,7 @@ def find_pairs(model: nn.Module, *example: Tensor) -> list[tuple[nn.Module, nn.M
         and counter.reads[id(x)] == 1
         and runs[bn] == runs[makers[id(x)]] == 1
         and PAIRS[type(makers[id(x)])] is type(bn)
+        and bn.running_mean is not None
     ]
 
 
@@ -161,8 +162,7 @@ def fold_batchnorm(model: nn.Module, *example: Tensor) -> nn.Module:
     folded = copy.deepcopy(model)
     replacement: dict[nn.Module, nn.Module] = {}
     for layer, bn in find_pairs(folded, *example):
-        if bn.running_mean is not None:
-            replacement |= {layer: fold_conv_bn(layer, bn), bn: nn.Identity()}
+        replacement |= {layer: fold_conv_bn(layer, bn), bn: nn.Identity()}
     return replace_modules(folded, replacement).eval()
 
 
