@@ -1,0 +1,369 @@
+"""移动端部署：训练（或读入）小网络，折叠 BatchNorm，量化成 int8，导出，并在干净的进程里运行。
+
+    python deploy.py                                       # resnet20 与 mobilenet_v2
+    python deploy.py --models resnet20 --weights FILE      # train.py 存下的权重
+
+逐项打印改动前后的准确率、得分之差、文件大小与一张图的用时；图画出准确率随权重位数的变化，
+以及为什么逐通道的刻度更好。训练集用来训练与校准，测试集只用来报告，不据此挑选任何东西。
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+if not __package__:  # 直接运行脚本时，把仓库根目录加入模块搜索路径
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from chapter_04_cnn_classic.weights import load_torchvision_weights
+from chapter_05_resnet_modern_cnn.data import DATASETS, Data, load_data
+from chapter_05_resnet_modern_cnn.exporting import export_program, run_elsewhere
+from chapter_05_resnet_modern_cnn.figures_deploy import accuracy_figure, weights_figure
+from chapter_05_resnet_modern_cnn.folding import find_pairs, fold_batchnorm
+from chapter_05_resnet_modern_cnn.mobilenet import V2_CIFAR_BLOCKS, MobileNetV2
+from chapter_05_resnet_modern_cnn.quantization import METHODS
+from chapter_05_resnet_modern_cnn.quantized_layers import (
+    QUANTIZED,
+    calibrate,
+    integer_conv2d,
+    kernel_conv2d,
+    quantize,
+    simulated_conv2d,
+)
+from chapter_05_resnet_modern_cnn.recipe import make_optimizer, train_one_epoch
+from chapter_05_resnet_modern_cnn.resnet_cifar import CifarResNet
+from utils import (
+    Expectation,
+    Result,
+    Timer,
+    TorchDevice,
+    add_common_args,
+    conclude,
+    get_device,
+    make_generator,
+    prepare_out_dir,
+    run_main,
+    set_seed,
+)
+from utils.cli import ArgumentParser, existing_file
+from utils.file_io_util import save_checkpoint
+from utils.timer import alternate, seconds_of
+
+HERE = Path(__file__).resolve().parent
+# 名字 -> (类别数, 通道数, 起始卷积的步长) -> 网络；参数的形状与步长无关
+NETWORKS: dict[str, Callable[[int, int, int], nn.Module]] = {
+    "resnet20": lambda k, c, stride: CifarResNet(20, k, c, stride=stride),
+    "resnet32": lambda k, c, stride: CifarResNet(32, k, c, stride=stride),
+    "mobilenet_v2": lambda k, c, stride: MobileNetV2(
+        k, 1.0, 0.0, c, (16, stride), V2_CIFAR_BLOCKS, 256
+    ),
+}
+WEIGHT_DECAY = 5e-4
+SCHEMES = {"per-tensor": False, "per-channel": True}
+BITS = (8, 7, 6, 5, 4, 3, 2)
+SHOWN_BITS = (8, 6, 4)  # 打印其中几种，图里全画
+CALIBRATION = 4, 128  # 校准用的批数与每批张数
+REPEATS = 25
+
+# ---------------------------------------------------------------- 得到一个训练好的网络
+
+
+def obtain(name: str, data: Data, args: argparse.Namespace, device: TorchDevice) -> nn.Module:
+    """训练一个网络，或从 ``--weights`` 读入；返回 CPU 上 eval 模式的（部署的目标没有 GPU）。"""
+    set_seed(args.seed)
+    model = NETWORKS[name](len(data.class_names), data.shape[0], args.stem_stride)
+    if args.weights:
+        return load_torchvision_weights(model, args.weights).eval()
+    model = model.to(device.device, memory_format=torch.channels_last)
+    batches, steps = data.training(
+        args.batch_size,
+        make_generator(args.seed),
+        augmented=True,
+        mixup=0.0,
+        cutmix=0.0,
+        device=device.device,
+    )
+    optimizer, schedule = make_optimizer(model, "sgd", args.lr, WEIGHT_DECAY, args.epochs * steps)
+    layout = {"memory_format": torch.channels_last}
+    for _ in tqdm(range(args.epochs), desc=f"训练 {name}", unit="轮"):
+        train_one_epoch(model, model, batches, optimizer, schedule, device, **layout)
+    return model.cpu().to(memory_format=torch.contiguous_format).eval()
+
+
+# ---------------------------------------------------------------- 比较
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, images: Sequence[Tensor]) -> Tensor:
+    """各批的得分，连成 ``(N, K)``。"""
+    return torch.cat([model(x.contiguous(memory_format=torch.channels_last)) for x in images])
+
+
+def compare(logits: Tensor, reference: Tensor, labels: Tensor) -> dict[str, float]:
+    """准确率，与 ``reference`` 预测相同的比例，得分的最大差。"""
+    guesses = logits.argmax(dim=1)
+    return {
+        "accuracy": (guesses == labels).double().mean().item(),
+        "agreement": (guesses == reference.argmax(dim=1)).double().mean().item(),
+        "max_difference": (logits - reference).abs().max().item(),
+    }
+
+
+def channel_ranges(model: nn.Module) -> dict[str, Tensor]:
+    """各个卷积与全连接每个输出通道的 ``max|w|``，名字 -> ``(C_out,)``。"""
+    return {
+        name: layer.weight.detach().flatten(1).abs().amax(dim=1)
+        for name, layer in model.named_modules()
+        if type(layer) in QUANTIZED
+    }
+
+
+def widest_layer(model: nn.Module) -> tuple[str, float]:
+    """通道之间范围最悬殊的一层，与它最大的通道是中位数的通道的几倍。
+
+    倍数为 r 时，逐张量的 8 位刻度只给中位数的通道留下 ±127/r 格。
+    """
+    spread = {k: (r.max() / r.median()).item() for k, r in channel_ranges(model).items()}
+    name = max(spread, key=spread.__getitem__)
+    return name, spread[name]
+
+
+def sweep(
+    folded: nn.Module, calibration: list[Tensor], images: list[Tensor], labels: Tensor
+) -> dict[str, Any]:
+    """各种位数、刻度与激活范围之下的结果。整数的结果借浮点的卷积算出，逐位相同而快得多。"""
+    reference = logits_of(folded, images)
+    grids = {
+        (method, bits): calibrate(folded, calibration, method, bits)
+        for method in METHODS
+        for bits in (8, 4)
+    }
+
+    def score(grid: Mapping, bits: int, per_channel: bool) -> dict[str, float]:
+        model = quantize(folded, grid, bits, per_channel, simulated_conv2d)
+        return compare(logits_of(model, images), reference, labels)
+
+    weights = {
+        scheme: {str(bits): score(grids["mse", 8], bits, per_channel) for bits in BITS}
+        for scheme, per_channel in SCHEMES.items()
+    }
+    activations = {
+        method: {str(bits): score(grids[method, bits], 8, True) for bits in (8, 4)}
+        for method in METHODS
+    }
+    return {"weights": weights, "activations": activations, "grids": grids["mse", 8]}
+
+
+def latency(models: Mapping[str, Callable[[Tensor], Tensor]], x: Tensor) -> dict[str, float]:
+    """一个线程、``x`` 一批的用时的中位数，毫秒；``bf16`` 开头的输入是 bfloat16。"""
+
+    def runner(name: str, model: Callable[[Tensor], Tensor]) -> Callable[[], float]:
+        layout = torch.channels_last if "channels_last" in name else torch.contiguous_format
+        dtype = torch.bfloat16 if name.startswith("bf16") else torch.float32
+        ready = x.to(dtype).contiguous(memory_format=layout)
+        return lambda: seconds_of(lambda: model(ready))
+
+    with torch.no_grad():
+        seconds = alternate({n: runner(n, m) for n, m in models.items()}, REPEATS)
+    return {name: 1e3 * torch.tensor(s).median().item() for name, s in seconds.items()}
+
+
+# ---------------------------------------------------------------- 一个网络的全程
+
+
+def export_and_check(
+    name: str, models: Mapping[str, nn.Module], x: Tensor, out_dir: Path
+) -> tuple[dict[str, Any], dict[str, Callable[[Tensor], Tensor]]]:
+    """存下权重与程序，程序在干净的进程里运行 ``x``；返回 (大小与误差, 程序)。"""
+    found, programs = {}, {}
+    paths = {kind: out_dir / f"{name}_{kind}.pt2" for kind in models}
+    for kind, model in models.items():
+        weights = out_dir / f"{name}_{kind}.pt"
+        save_checkpoint(weights, model.state_dict())
+        programs[kind] = export_program(model, x.shape[1:], paths[kind]).module()
+        sizes = (weights.stat().st_size, paths[kind].stat().st_size)
+        found[kind] = dict(zip(("weights_bytes", "program_bytes"), sizes, strict=True))
+    outputs = run_elsewhere(list(paths.values()), x)
+    for (kind, model), output in zip(models.items(), outputs, strict=True):
+        with torch.no_grad():
+            found[kind]["elsewhere_difference"] = (output - model(x)).abs().max().item()
+    return found, programs
+
+
+def deploy(
+    name: str, model: nn.Module, data: Data, out_dir: Path, smoke: bool
+) -> tuple[dict[str, Any], nn.Module]:
+    """折叠、量化、导出、计时；返回 (结果, 折叠后的网络)。"""
+    test = list(data.batches("test"))
+    images, labels = [x for x, _ in test], torch.cat([y for _, y in test])
+    shuffled = iter(data.batches("train", CALIBRATION[1], make_generator(0)))
+    calibration = [next(shuffled)[0] for _ in range(1 if smoke else CALIBRATION[0])]
+    few = images[0][:8]
+
+    folded = fold_batchnorm(model, few[:1])
+    before = logits_of(model, images)
+    swept = sweep(folded, calibration, images, labels)
+    grids = swept.pop("grids")
+    int8, kernel, simulated = (
+        quantize(folded, grids, convolve=c)
+        for c in (integer_conv2d, kernel_conv2d, simulated_conv2d)
+    )
+    exact = all(
+        torch.equal(logits_of(int8, [few]), logits_of(m, [few])) for m in (kernel, simulated)
+    )
+    files, programs = export_and_check(name, {"fp32": folded, "int8": int8}, few, out_dir)
+    contenders = {
+        "fp32": model,
+        "folded": folded,
+        "folded, channels_last": copy.deepcopy(folded),
+        "folded, exported": programs["fp32"],
+        "bf16, channels_last": copy.deepcopy(folded).bfloat16(),
+        "int8, integer matmul": int8,
+        "int8, int8 kernel": kernel,
+    }
+    batches = {
+        str(size): latency(contenders, images[0][:size]) for size in ((1,), (1, 32))[not smoke]
+    }
+    found = {
+        "fp32": compare(before, before, labels),
+        "folded": compare(logits_of(folded, images), before, labels),
+        "pairs": len(find_pairs(model, few[:1])),
+        "integer_equals_simulated": exact,
+        "widest": widest_layer(folded),
+        "files": files,
+        "milliseconds": batches,
+    }
+    return found | swept, folded
+
+
+def report(name: str, found: Mapping[str, Any]) -> str:
+    """一个网络的结果，若干行。"""
+    rows = [
+        f"\n{name}：折叠 {found['pairs']} 个 BatchNorm",
+        "  权重               准确率    与 fp32 一致  得分的最大差",
+    ]
+
+    def row(label: str, score: Mapping[str, float]) -> str:
+        return (
+            f"  {label:<17}{100 * score['accuracy']:7.2f}%{100 * score['agreement']:13.2f}%"
+            f"{score['max_difference']:14.2g}"
+        )
+
+    rows += [row("fp32", found["fp32"]), row("fp32 folded", found["folded"])]
+    for bits in SHOWN_BITS:
+        rows += [row(f"int{bits} {s}", found["weights"][s][str(bits)]) for s in SCHEMES]
+    layer, ratio = found["widest"]
+    rows.append(f"  折叠后通道最悬殊的一层 {layer}：最大的范围是中位数的 {ratio:.1f} 倍")
+    for bits in ("8", "4"):
+        scores = ((m, found["activations"][m][bits]["accuracy"]) for m in METHODS)
+        shown = "，".join(f"{m} {100 * accuracy:.2f}%" for m, accuracy in scores)
+        rows.append(f"  激活 {bits} 位（权重 8 位逐通道）：{shown}")
+    for what, key in (("权重", "weights_bytes"), ("程序", "program_bytes")):
+        full, small = (found["files"][kind][key] / 1024 for kind in ("fp32", "int8"))
+        rows.append(f"  {what}文件 {full:.0f} KiB -> {small:.0f} KiB，{small / full:.3f} 倍")
+    for kind in ("fp32", "int8"):
+        difference = found["files"][kind]["elsewhere_difference"]
+        rows.append(f"  导出的 {kind} 在空文件夹的新进程里运行：最大差 {difference:.2g}")
+    for size, times in found["milliseconds"].items():
+        shown = "，".join(f"{label} {value:.2f}" for label, value in times.items())
+        rows.append(f"  一批 {size} 张，毫秒：{shown}")
+    return "\n".join(rows)
+
+
+# ---------------------------------------------------------------- 入口
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(description="折叠、量化、导出小网络")
+    add_common_args(
+        parser, out_dir=HERE / "outputs", epochs=5, batch_size=128, lr=0.1, datasets=DATASETS
+    )
+    add = parser.add_argument
+    add(
+        "--models",
+        nargs="+",
+        choices=list(NETWORKS),
+        default=["resnet20", "mobilenet_v2"],
+        help="要部署的网络（默认 resnet20 与 mobilenet_v2）",
+    )
+    add("--weights", type=existing_file, metavar="FILE", help="不训练，读入 train.py 存下的权重")
+    add(
+        "--stem-stride",
+        type=int,
+        choices=[1, 2],
+        help="起始卷积的步长，须与训练时相同（默认 synth-objects 为 2，其余为 1）",
+    )
+    args = parser.parse_args(argv)
+    if args.weights and len(args.models) != 1:
+        parser.error("--weights 只属于一个网络：请以 --models 指明是哪一个")
+    args.stem_stride = args.stem_stride or (2 if args.dataset == "synth-objects" else 1)
+    if args.smoke:
+        args.epochs, args.models = 1, args.models[-1:]
+    if args.out_dir == HERE / "outputs":
+        args.out_dir /= "deploy_smoke" if args.smoke else "deploy"
+    return args
+
+
+def expectations(names: Sequence[str], chance: float) -> list[Expectation]:
+    """每个网络两项核对：int8 逐通道与 fp32 的预测一致，权重文件约为四分之一。"""
+    found = []
+    for name in names:
+        same, ratio = f"{name} int8 与 fp32 一致", f"{name} 文件之比"
+        options = {"percent": True, "learning": False}
+        found.append(Expectation(same, chance, (0.97, 1.0), **options))
+        found.append(Expectation(ratio, 1.0, (0.25, 0.45), learning=False))
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """训练、部署、画图、下结论；返回写进 ``metrics.json`` 的内容。"""
+    args = parse_args(argv)
+    out_dir = prepare_out_dir(args.out_dir)
+    device = get_device(args.device)
+    torch.set_num_threads(1)  # 与手机上的一个核相比；结果也不随核的多少而变
+    print(f"设备  {device.describe()}")
+    with Timer(device) as timer:
+        limit = 128 if args.smoke else None
+        data = load_data(args.dataset, args.data_dir, download=args.download, limit=limit)
+        expected = expectations(args.models, data.chance)
+        print("\n".join(e.announce() for e in expected))
+        timer.lap("数据")
+        runs, networks = {}, {}
+        for name in args.models:
+            model = obtain(name, data, args, device)
+            timer.lap("训练")
+            runs[name], networks[name] = deploy(name, model, data, out_dir, args.smoke)
+            print(report(name, runs[name]))
+            timer.lap("部署")
+    values = [
+        value
+        for run in runs.values()
+        for value in (
+            run["weights"]["per-channel"]["8"]["agreement"],
+            run["files"]["int8"]["weights_bytes"] / run["files"]["fp32"]["weights_bytes"],
+        )
+    ]
+    return conclude(
+        out_dir,
+        [Result(e, v) for e, v in zip(expected, values, strict=True)],
+        timer,
+        smoke=args.smoke,
+        figures={
+            "deploy_bits.png": accuracy_figure(runs, data.chance),
+            "deploy_weights.png": weights_figure(networks),
+        },
+        runs=runs,
+        laps=timer.laps,
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)
