@@ -111,28 +111,13 @@ def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
 
 
 class Observer:
-    """看若干批激活，定出格点；看过的值随机留样，每批 ``samples`` 个。
+    """看若干批激活，再定出格点；看过的值随机留样，每批 ``samples`` 个。
 
     参数:
-        method: ``minmax`` 取见过的最小与最大，一个离群值就能毁掉刻度；``percentile`` 两端各舍去
-            ``tail`` 的值；``mse`` 把范围缩到留样的均方误差最小为止。
-        bits: 位数；``mse`` 的取舍与它有关，位数越少，越该多截断一些。
-        generator: 留样的随机性，CPU 上的。
+        generator: 留样的随机性，CPU 上的；缺省时种子为 0。
     """
 
-    def __init__(
-        self,
-        method: str,
-        bits: int = 8,
-        generator: torch.Generator | None = None,
-        *,
-        samples: int = 4096,
-        tail: float = 1e-3,
-    ) -> None:
-        if method not in METHODS:
-            raise ValueError(f"observer={method!r} 不认识：可选 {'、'.join(METHODS)}")
-        check_bits(bits)
-        self.method, self.bits, self.tail = method, bits, tail
+    def __init__(self, generator: torch.Generator | None = None, samples: int = 4096) -> None:
         self.generator = generator or torch.Generator().manual_seed(0)
         self.samples = samples
         self.kept: list[Tensor] = []
@@ -147,18 +132,28 @@ class Observer:
         index = torch.randint(len(values), (self.samples,), generator=self.generator)
         self.kept.append(values[index.to(values.device)])
 
-    def grid(self) -> Grid:
-        """见过的激活的格点。"""
+    def grid(self, method: str = "mse", bits: int = 8, tail: float = 1e-3) -> Grid:
+        """见过的激活的格点。
+
+        参数:
+            method: ``minmax`` 取见过的最小与最大，一个离群值就能毁掉刻度；``percentile`` 两端各
+                舍去 ``tail`` 的值；``mse`` 把范围缩到留样的均方误差最小为止，位数越少，缩得越多。
+
+        异常:
+            ValueError: ``method`` 不认识，或还没有看过任何激活。
+        """
+        if method not in METHODS:
+            raise ValueError(f"method={method!r} 不认识：可选 {'、'.join(METHODS)}")
         if not self.kept:
             raise ValueError("还没有看过任何激活：校准时这一层从未运行")
-        if self.method == "minmax":
-            return affine_grid(self.minimum, self.maximum, self.bits)
+        if method == "minmax":
+            return affine_grid(self.minimum, self.maximum, bits)
         values = torch.cat(self.kept)
-        if self.method == "percentile":
-            ends = torch.tensor([self.tail, 1 - self.tail], device=values.device)
-            return affine_grid(*torch.quantile(values, ends), self.bits)
+        if method == "percentile":
+            ends = torch.tensor([tail, 1 - tail], device=values.device)
+            return affine_grid(*torch.quantile(values, ends), bits)
         shrunk = torch.linspace(0.2, 1, 41).to(values)
-        grids = [affine_grid(a * self.minimum, a * self.maximum, self.bits) for a in shrunk]
+        grids = [affine_grid(a * self.minimum, a * self.maximum, bits) for a in shrunk]
         return min(grids, key=lambda g: (fake_quantize(values, g) - values).square().mean().item())
 
 

@@ -17,7 +17,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,6 @@ from chapter_05_resnet_modern_cnn.folding import replace_modules
 from chapter_05_resnet_modern_cnn.quantization import (
     Grid,
     Observer,
-    check_bits,
     fixed_point,
     quantize_tensor,
     requantize,
@@ -214,18 +213,15 @@ QUANTIZED: dict[type[nn.Module], type[QuantConv2d]] = {
 
 
 @torch.no_grad()
-def calibrate(
-    model: nn.Module, batches: Iterable[Tensor], method: str = "mse", bits: int = 8
-) -> dict[str, Grid]:
-    """用若干批图像看每个卷积与全连接的输入，返回 名字 -> 格点。``model`` 应在 eval 模式。
+def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Observer]:
+    """以若干批图像观察每个卷积与全连接的输入，返回 名字 -> ``Observer``。
 
-    异常:
-        ValueError: 有的层从未运行（也包括一批也没有）。
+    ``model`` 应在 eval 模式。校准一次，可以用于各种位数、各种定范围的办法。
     """
     observers, hooks = {}, []
     for name, layer in model.named_modules():
         if type(layer) in QUANTIZED:
-            observer = observers[name] = Observer(method, bits)
+            observer = observers[name] = Observer()
             hooks.append(
                 layer.register_forward_pre_hook(lambda _, x, observer=observer: observer.update(*x))
             )
@@ -235,29 +231,35 @@ def calibrate(
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: observer.grid() for name, observer in observers.items()}
+    return observers
 
 
 def quantize(
     model: nn.Module,
-    grids: dict[str, Grid],
-    bits: int = 8,
+    observers: Mapping[str, Observer],
+    weight_bits: int = 8,
+    activation_bits: int = 8,
     per_channel: bool = True,
+    method: str = "mse",
     convolve: Convolve = integer_conv2d,
 ) -> nn.Module:
     """把全部卷积与全连接换成 int8 的，返回新的网络；``model`` 不变，应已折叠、在 eval 模式。
 
     参数:
-        grids: ``calibrate`` 的结果；校准一次，可以用于各种权重位数。
-        bits, per_channel: 权重的位数，是否逐通道。
+        observers: ``calibrate`` 的结果。
+        per_channel: 权重的刻度是否逐通道；激活总是逐张量（逐通道就提不出求和号了）。
+        method: 激活的范围怎样定，见 ``Observer.grid``。
+
+    异常:
+        ValueError: 有的层没有校准过，或位数、``method`` 不对。
     """
-    check_bits(bits)
     copied = copy.deepcopy(model)
     replacement: dict[nn.Module, nn.Module] = {}
     for name, layer in copied.named_modules():
         if type(layer) in QUANTIZED:
-            if name not in grids:
-                raise ValueError(f"{name} 没有格点：请用同一个网络校准")
+            if name not in observers:
+                raise ValueError(f"{name} 没有校准过：请用同一个网络校准")
+            grid = observers[name].grid(method, activation_bits)
             kind = QUANTIZED[type(layer)]
-            replacement[layer] = kind(layer, grids[name], bits, per_channel, convolve)
+            replacement[layer] = kind(layer, grid, weight_bits, per_channel, convolve)
     return replace_modules(copied, replacement).eval()
