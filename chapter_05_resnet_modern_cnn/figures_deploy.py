@@ -1,4 +1,4 @@
-"""``deploy.py`` 的图：准确率随权重位数的变化；一层权重的分布与两种刻度。"""
+"""``deploy.py`` 的图：准确率随权重位数的变化；一层各通道的范围与两种刻度。"""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import nn
 from chapter_05_resnet_modern_cnn.quantization import symmetric_grid
 from utils.plot import MUTED, PALETTE, new_figure
 
-LEVELS_BITS = 4  # 右图的刻度画 4 位的：8 位的 255 格画出来是一片
+LEVELS_BITS = 4  # 画 4 位的刻度：8 位的 255 格画出来是一片
+HIGH = 2 ** (LEVELS_BITS - 1) - 1
 
 
 def accuracy_figure(runs: Mapping[str, Mapping[str, Any]], chance: float) -> Figure:
@@ -30,11 +31,13 @@ def accuracy_figure(runs: Mapping[str, Mapping[str, Any]], chance: float) -> Fig
             axes.plot(bits, [s["accuracy"] for s in scores.values()], "o-", label=scheme)
         for level, label in ((run["fp32"]["accuracy"], "fp32"), (chance, "chance")):
             axes.axhline(level, color=MUTED, linestyle="--", linewidth=1)
-            axes.annotate(label, (8, level), xytext=(0, 3), textcoords="offset points", color=MUTED)
+            axes.annotate(
+                label, (4.6, level), xytext=(0, 3), textcoords="offset points", color=MUTED
+            )
         axes.set(xlabel="weight bits", title=f"{name}, 8-bit activations", ylim=(0, 1))
         axes.invert_xaxis()
     grid[0, 0].set_ylabel("test accuracy")
-    grid[0, 0].legend(loc="center left")
+    grid[0, 0].legend(loc="lower left", bbox_to_anchor=(0, 0.2))
     return figure
 
 
@@ -49,39 +52,33 @@ def most_uneven_convolution(model: nn.Module) -> tuple[str, nn.Conv2d]:
     return max(layers, key=spread)
 
 
-def _draw_channels(axes: Axes, weight: np.ndarray, name: str) -> None:
-    """每个输出通道一条竖线，从最小到最大的权重；横线是整个张量共用的 4 位刻度。"""
-    order = np.argsort(np.abs(weight).max(axis=1))
-    rows = weight[order]
-    top = np.abs(weight).max()
-    for level in np.arange(-7, 8) * top / 7:
+def _draw_ranges(axes: Axes, weight: np.ndarray, scale: float, title: str) -> None:
+    """每个输出通道一条竖线，从最小到最大的权重；横线是整个张量共用的刻度。"""
+    for level in scale * np.arange(-HIGH, HIGH + 1):
         axes.axhline(level, color=PALETTE[1], linewidth=0.6, alpha=0.7)
-    axes.vlines(np.arange(len(rows)), rows.min(axis=1), rows.max(axis=1), color=PALETTE[0])
+    low, high = weight.min(axis=1), weight.max(axis=1)
+    axes.vlines(np.arange(len(weight)), low, high, color=PALETTE[0])
     axes.grid(False)
+    axes.set(xlabel="output channel, sorted by range", ylabel="folded weight", title=title)
+
+
+def _draw_levels(axes: Axes, weight: np.ndarray, scale: float) -> None:
+    """每个输出通道的范围里有几格：共用一个刻度，与各用各的（总是满的）。"""
+    used = 2 * np.round(np.abs(weight).max(axis=1) / scale) + 1
+    axes.bar(np.arange(len(used)), used, color=PALETTE[0], label="per-tensor")
+    axes.axhline(2 * HIGH + 1, color=PALETTE[1], label="per-channel")
     axes.set(
         xlabel="output channel, sorted by range",
-        ylabel="folded weight",
-        title=f"{name}: ranges and one {LEVELS_BITS}-bit grid",
+        ylabel="levels within its range",
+        title=f"{LEVELS_BITS}-bit levels per channel",
+        ylim=(0, 2 * HIGH + 5),
     )
-
-
-def _draw_histogram(axes: Axes, weight: np.ndarray, scale: float, name: str) -> None:
-    """全部权重的直方图（对数），与逐张量的 4 位刻度。"""
-    axes.hist(weight.ravel(), bins=121, color=PALETTE[0])
-    for level in np.arange(-7, 8) * scale:
-        axes.axvline(level, color=PALETTE[1], linewidth=0.8, alpha=0.7)
-    rounded = np.abs(weight) < scale / 2
-    axes.set_yscale("log")
-    axes.set(
-        xlabel="folded weight",
-        ylabel="count",
-        title=f"{name}: {100 * rounded.mean():.0f}% round to zero",
-    )
-    axes.grid(False)
+    axes.legend(loc="upper left", ncol=2)
+    axes.grid(False, axis="x")
 
 
 def weights_figure(networks: Mapping[str, nn.Module]) -> Figure:
-    """每个网络一行：通道范围最悬殊的一层，左边是直方图，右边是各通道的范围，都叠上共用的刻度。
+    """每个网络一行：通道范围最悬殊的一层，左边是各通道的范围与共用的刻度，右边是各通道用到几格。
 
     参数:
         networks: 名字 -> 折叠之后的网络。
@@ -91,6 +88,7 @@ def weights_figure(networks: Mapping[str, nn.Module]) -> Figure:
         layer, conv = most_uneven_convolution(model)
         weight = conv.weight.detach().flatten(1)
         scale = symmetric_grid(weight, LEVELS_BITS, per_channel=False).scale.item()
-        _draw_histogram(left, weight.numpy(), scale, name)
-        _draw_channels(right, weight.numpy(), layer)
+        rows = weight[weight.abs().amax(dim=1).argsort()].numpy()
+        _draw_ranges(left, rows, scale, f"{name}, {layer}")
+        _draw_levels(right, rows, scale)
     return figure
