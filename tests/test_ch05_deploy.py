@@ -106,9 +106,9 @@ def test_networks_fold_completely(name: str, pairs: int) -> None:
 
 @torch.no_grad()
 def test_preactivation_folds_only_inside_the_blocks() -> None:
-    from chapter_05_resnet_modern_cnn.resnet_cifar import CifarResNet
+    from chapter_05_resnet_modern_cnn.resnet_cifar import CifarResNet, PreActBlock
 
-    model = randomize(CifarResNet(8, preact=True)).double()
+    model = randomize(CifarResNet(8, block=PreActBlock)).double()
     x = normal(2, 3, 32, 32).double()
     names = {module: name for name, module in model.named_modules()}
     pairs = [(names[a], names[b]) for a, b in find_pairs(model, x)]
