@@ -107,7 +107,7 @@ def inverted_branch(
 
 
 def initialize_convolutions(model: nn.Module) -> None:
-    """卷积 Kaiming 正态（fan_out），偏置为零；BatchNorm 为恒等。"""
+    """卷积用 He 初始化（方差 ``2/fan_out``，反向不放大也不缩小），偏置为零；BatchNorm 为恒等。"""
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out")

@@ -19,7 +19,7 @@ from torch import Tensor
 from chapter_03_optimization_regularization.regularization import cutmix, mixup
 from chapter_04_cnn_classic.augment import Augment
 from utils import UserError
-from utils.datasets import SPLITS, ImageBatches, ImageSet, channel_stats, load_images
+from utils.datasets import ImageBatches, ImageSet, channel_stats, load_splits
 from utils.distributed import Shard, world
 
 DATASETS = ("synth-objects", "cifar10", "folder", "synth-digits", "fashion-mnist", "mnist")
@@ -164,14 +164,6 @@ def load_data(
     异常:
         UserError: 文件缺失或损坏，或只有一个类别。
     """
-    splits = {
-        split: load_images(
-            dataset, split, data_dir, download=download, limit=limit, image_size=image_size
-        )
-        for split in SPLITS
-    }
-    names = splits["train"].class_names
-    if len(names) < 2:
-        raise UserError(f"--data-dir {data_dir} 只有 {names} 一个类别：分类至少要两个类别的文件夹")
+    splits = load_splits(dataset, data_dir, download=download, limit=limit, image_size=image_size)
     mean, std = channel_stats(splits["train"].images)
     return Data(splits, mean, std, AUGMENTS[dataset])

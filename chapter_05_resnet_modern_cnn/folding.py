@@ -36,6 +36,14 @@ PAIRS: dict[type[nn.Module], type[nn.Module]] = {
 # ---------------------------------------------------------------- 公式
 
 
+def scale_and_shift(bn: nn.Module) -> tuple[Tensor, Tensor]:
+    """推理时 ``BN(x) = s x + t``：返回 ``s = γ/√(σ²+ε)`` 与 ``t = β − s μ``，各 ``(C,)``。"""
+    gamma = torch.ones_like(bn.running_var) if bn.weight is None else bn.weight
+    beta = torch.zeros_like(bn.running_mean) if bn.bias is None else bn.bias
+    scale = gamma / (bn.running_var + bn.eps).sqrt()
+    return scale, beta - scale * bn.running_mean
+
+
 def fold_conv_bn(layer: nn.Module, bn: nn.Module) -> nn.Module:
     """``bn(layer(x))`` 合成的一层，类型同 ``layer``，总是带偏置；两个参数都不改动。
 
@@ -55,13 +63,10 @@ def fold_conv_bn(layer: nn.Module, bn: nn.Module) -> nn.Module:
     if bn.running_mean is None:
         raise ValueError("track_running_stats=False 的 BatchNorm 推理时也用批的统计量，折不进去")
     with torch.no_grad():
-        gamma = torch.ones_like(bn.running_var) if bn.weight is None else bn.weight
-        beta = torch.zeros_like(bn.running_mean) if bn.bias is None else bn.bias
-        bias = torch.zeros_like(bn.running_mean) if layer.bias is None else layer.bias
-        scale = gamma / (bn.running_var + bn.eps).sqrt()  # (C_out,)
+        scale, shift = scale_and_shift(bn)
         folded = copy.deepcopy(layer)
         folded.weight = nn.Parameter(layer.weight * _per_output(scale, layer))
-        folded.bias = nn.Parameter(scale * (bias - bn.running_mean) + beta)
+        folded.bias = nn.Parameter(shift if layer.bias is None else scale * layer.bias + shift)
     return folded
 
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chapter_04_cnn_classic.inputs import check_image
+from chapter_05_resnet_modern_cnn.folding import scale_and_shift
 
 
 def fold_batch_norm(weight: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -35,8 +36,8 @@ def fold_batch_norm(weight: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tenso
     返回:
         ``(W', b')``。
     """
-    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-    return weight * scale[:, None, None, None], norm.bias - scale * norm.running_mean
+    scale, shift = scale_and_shift(norm)
+    return weight * scale[:, None, None, None], shift
 
 
 def pad_to_3x3(weight: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from chapter_04_cnn_classic.inputs import check_image
+from chapter_05_resnet_modern_cnn.blocks import initialize_convolutions
 
 # ---------------------------------------------------------------- 残差块
 
@@ -126,16 +127,6 @@ class Bottleneck(nn.Module):
 Block = BasicBlock | Bottleneck
 
 
-def initialize(model: nn.Module) -> None:
-    """He 初始化卷积（方差 ``2/fan_out``，反向不放大也不缩小），BatchNorm 从恒等开始。"""
-    for layer in model.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-        elif isinstance(layer, nn.BatchNorm2d):
-            nn.init.ones_(layer.weight)
-            nn.init.zeros_(layer.bias)
-
-
 def zero_last_gamma(model: nn.Module) -> None:
     """把每个残差块最后一个 BatchNorm 的 γ 置零：起步时 ``F(x) = 0``，每个块都是恒等。
 
@@ -201,7 +192,7 @@ class ResNet(nn.Module):
             setattr(self, f"layer{stage + 1}", self._stage(block, w, depth, stride, **options))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(self._channels, num_classes)
-        initialize(self)
+        initialize_convolutions(self)
         if zero_init_residual:
             zero_last_gamma(self)
 

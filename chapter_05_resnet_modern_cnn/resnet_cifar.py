@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chapter_04_cnn_classic.inputs import check_image
-from chapter_05_resnet_modern_cnn.resnet import conv3x3, initialize, zero_last_gamma
+from chapter_05_resnet_modern_cnn.blocks import initialize_convolutions
+from chapter_05_resnet_modern_cnn.resnet import conv3x3, zero_last_gamma
 from chapter_05_resnet_modern_cnn.se import SqueezeExcitation
 
 
@@ -152,7 +153,7 @@ class CifarResNet(nn.Module):
                 channels = width * 2**stage
         self.blocks = nn.Sequential(*blocks)
         self.fc = nn.Linear(channels, num_classes)
-        initialize(self)
+        initialize_convolutions(self)
         if zero_init_residual:
             zero_last_gamma(self)
 

@@ -87,6 +87,22 @@ def load_images(
     return ImageSet(images[:limit], labels[:limit], class_names)
 
 
+def load_splits(
+    name: str, data_dir: Path, *, download: bool, limit: int | None, image_size: int
+) -> dict[str, ImageSet]:
+    """训练、验证、测试三个划分；参数同 ``load_images``，数据集至少要有两个类别。
+
+    异常:
+        UserError: 文件缺失或损坏，或只有一个类别。
+    """
+    options = {"download": download, "limit": limit, "image_size": image_size}
+    splits = {split: load_images(name, split, data_dir, **options) for split in SPLITS}
+    names = splits["train"].class_names
+    if len(names) < 2:
+        raise UserError(f"--data-dir {data_dir} 只有 {names} 一个类别：分类至少要两个类别的文件夹")
+    return splits
+
+
 def _carve(count: int, split: str, generator: torch.Generator) -> Tensor:
     """把官方训练集的下标随机分成训练与验证两部分，返回其中一份。"""
     order = torch.randperm(count, generator=generator)
