@@ -43,7 +43,7 @@ class CifarBlock(nn.Module):
         shortcut: 假则去掉捷径，成为孪生网络；其余一切不变。
     """
 
-    final_norm: str | None = "bn2"  # 残差分支的最后一个 BatchNorm
+    final_norm: str | None = "bn2"  # zero_last_gamma 置零的 BatchNorm
 
     def __init__(
         self, in_channels: int, out_channels: int, stride: int = 1, shortcut: bool = True
@@ -59,6 +59,8 @@ class CifarBlock(nn.Module):
             self.shortcut = (
                 nn.Identity() if same else PadShortcut(in_channels, out_channels, stride)
             )
+            if not same:  # γ 若为零，补零的通道恒为 0，而 ReLU 在 0 处的导数也是 0：永远学不到
+                self.final_norm = None
 
     def residual(self, x: Tensor) -> Tensor:
         """``F(x)``。"""
@@ -121,7 +123,8 @@ class CifarResNet(nn.Module):
         shortcut: 假则为孪生网络。
         block: ``CifarBlock``、``PreActBlock`` 或 ``SEBlock``。
         stride: 起始卷积的步长；2 时各阶段的边长减半，运算量约为四分之一。
-        zero_init_residual: 是否用 ``zero_last_gamma`` 初始化（预激活形式没有末尾的 γ，不适用）。
+        zero_init_residual: 是否用 ``zero_last_gamma`` 初始化；通道数改变的块除外。预激活形式
+            没有末尾的 γ，不适用。
     """
 
     def __init__(
