@@ -105,7 +105,7 @@ def _semicircle(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _arrow(x: Tensor, y: Tensor) -> Tensor:
-    head = torch.maximum(x - 0.1 + 1.0 * y.abs() - 0.8, -(x - 0.1))
+    head = torch.maximum((x + y.abs() - 0.9) / math.sqrt(2), 0.1 - x)
     return torch.minimum(head, _box(x + 0.4, y, 0.55, 0.22))
 
 
