@@ -209,6 +209,9 @@ def add_common_args(
 
 
 def _print_error(message: str) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        # 由 torchrun 启动：0 号有同样的错误时，它报告之后 torchrun 就会结束其余进程
+        time.sleep(2)
     print("错误：" + " ".join(str(message).split()), file=sys.stderr)
 
 
@@ -220,9 +223,6 @@ def run_main(main: Callable[[], Any]) -> NoReturn:
     try:
         main()
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
-            # 由 torchrun 启动：0 号有同样的错误时，它报告之后 torchrun 就会结束其余进程
-            time.sleep(2)
         _print_error(str(error))
         code = EXIT_USER_ERROR
     except KeyboardInterrupt:
