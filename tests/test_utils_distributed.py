@@ -1,4 +1,4 @@
-"""多进程：派生、加入（torchrun）、返回值、出错时的善后。"""
+"""多进程：派生、加入（torchrun）、返回值、出错时的善后；分批、汇总与各进程的设备。"""
 
 from __future__ import annotations
 
@@ -14,11 +14,21 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from tests.conftest import run_python
-from utils import REPO_ROOT
-from utils.cli import UserError
-from utils.distributed import launch, launched_by_torchrun
+from utils import REPO_ROOT, cli, device, distributed, get_device
+from utils.cli import ArgumentParser, UserError, run_main
+from utils.distributed import (
+    Shard,
+    World,
+    average_buffers,
+    join_torchrun,
+    launch,
+    launched_by_torchrun,
+    sum_over_processes,
+    world,
+)
 from utils.timer import Timer
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -27,7 +37,7 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 @pytest.fixture(autouse=True)
 def no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     """测试本身若由 torchrun 启动，也不受影响。"""
-    for name in TORCHRUN:
+    for name in (*TORCHRUN, "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -202,3 +212,196 @@ def test_launch_joins_under_torchrun(tmp_path: Path) -> None:
         assert everyone[rank]["pid"] == pid  # 就在本进程里运行，没有再派生
         assert all(each["world"] == 2 and each["total"] == 21 for each in everyone)
         assert all(each["threads"] == 1 for each in everyone)
+
+
+# ---------------------------------------------------------------- 数据并行
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_shards_of_every_batch_make_up_the_batch(size: int) -> None:
+    """依次排好就是原来的一批：不重、不漏、不乱序；各段至多差一个；空的一段不产出。"""
+    batches, start = [], 0
+    for count in (6, 7, 1, 4):
+        x = torch.arange(start, start + count)
+        batches.append((x, -x))
+        start += count
+    shards = [list(Shard(batches, rank, size)) for rank in range(size)]
+    assert all(torch.equal(x, -y) and len(x) for shard in shards for x, y in shard)
+    for x, _ in batches:
+        inside = set(x.tolist())
+        parts = [part for shard in shards for part, _ in shard if inside & set(part.tolist())]
+        assert torch.equal(torch.cat(parts), x)
+        assert len(parts) == min(size, len(x))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    twice = Shard(batches, size - 1, size)
+    assert len([*twice]) == len([*twice]) > 0  # 可以再走一遍
+
+
+@pytest.mark.parametrize(("rank", "size"), [(-1, 2), (2, 2), (0, 0)])
+def test_shard_refuses_a_rank_outside_the_world(rank: int, size: int) -> None:
+    with pytest.raises(ValueError, match=rf"rank={rank} 应在 \[0, size={size}\) 之内"):
+        Shard([], rank, size)
+
+
+def test_one_process_needs_no_group() -> None:
+    assert world() == World(0, 1) and world().is_main and not World(1, 2).is_main
+    values = torch.arange(3.0)
+    assert torch.equal(sum_over_processes(values), torch.arange(3.0))
+    norm = nn.BatchNorm1d(3)
+    norm.running_mean.fill_(4.0)
+    average_buffers(norm)
+    assert norm.running_mean.tolist() == [4.0] * 3
+    with join_torchrun("cuda:7"):  # 没有 torchrun：不管设备，也不建组
+        assert not dist.is_initialized()
+
+
+class Counted(nn.Module):
+    """一个 BatchNorm，另带不该被平均的：参数、整数缓冲区。"""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+        self.norm.running_mean.copy_(torch.tensor([1.0, 10.0]) * (rank + 1))
+        self.norm.running_var.fill_(2.0 + 4 * rank)
+        self.norm.num_batches_tracked.fill_(7)
+        nn.init.constant_(self.norm.weight, rank)
+
+
+def collect() -> list[Any]:
+    """各进程汇总之后的所见，由 0 号收集。"""
+    rank = dist.get_rank()
+    values = torch.tensor([rank + 1, 10 * rank])
+    total = sum_over_processes(values)
+    model = Counted(rank)
+    average_buffers(model)
+    shard = [x.tolist() for x, _ in Shard([(torch.arange(5),) * 2, (torch.ones(1),) * 2], *world())]
+    mine = {
+        "world": tuple(world()),
+        "main": world().is_main,
+        "values": values.tolist(),
+        "total": total.tolist(),
+        "mean": model.norm.running_mean.tolist(),
+        "var": model.norm.running_var.tolist(),
+        "tracked": model.norm.num_batches_tracked.item(),
+        "weight": model.norm.weight.tolist(),
+        "shard": shard,
+    }
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def test_sums_and_averages_over_two_processes() -> None:
+    found = launch(collect, 2)
+    for rank, each in enumerate(found):
+        assert each["world"] == (rank, 2) and each["main"] == (rank == 0)
+        assert each["values"] == [rank + 1, 10 * rank]  # 原张量不变
+        assert each["total"] == [3, 10]
+        assert each["mean"] == [1.5, 15.0] and each["var"] == [4.0, 4.0]
+        assert each["tracked"] == 7 and each["weight"] == [rank, rank]
+    assert [each["shard"] for each in found] == [[[0, 1]], [[2, 3, 4], [1.0]]]
+
+
+# ---------------------------------------------------------------- 由 torchrun 启动的脚本
+
+
+def test_join_torchrun_enters_and_leaves(one_process: None) -> None:
+    with join_torchrun("cpu"):
+        assert dist.get_backend() == "gloo" and torch.get_num_threads() == 1
+        assert world() == World(0, 1)
+        assert sum_over_processes(torch.ones(2)).tolist() == [1, 1]
+    assert not dist.is_initialized()
+    with pytest.raises(KeyError, match="坏了"), join_torchrun("cpu"):
+        raise KeyError("坏了")
+    assert dist.is_initialized()  # 出错时不拆组，理由同 launch
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def gpus(one_process: None, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """扮作有两块 GPU 的机器上的 1 号进程；记下选了哪一块、用什么通信。"""
+    chosen: dict[str, Any] = {}
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: chosen.update(index=index))
+    monkeypatch.setattr(distributed, "_start", lambda backend: chosen.update(backend=backend))
+    monkeypatch.setattr(distributed, "_stop", lambda: None)
+    return chosen
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("auto", {"index": 1, "backend": "nccl"}),
+        ("cuda", {"index": 1, "backend": "nccl"}),
+        ("cpu", {"backend": "gloo"}),
+    ],
+)
+def test_each_process_takes_its_own_gpu(
+    name: str, expected: dict[str, Any], gpus: dict[str, Any]
+) -> None:
+    with join_torchrun(name):
+        assert gpus == expected
+
+
+def test_too_few_gpus_or_a_shared_one(
+    gpus: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, local in (("auto", "2"), ("cuda", "5"), ("cuda:0", "0")):
+        monkeypatch.setenv("LOCAL_RANK", local)
+        with (
+            pytest.raises(UserError, match="本机有 2 块，.*--nproc-per-node 不超过 2"),
+            join_torchrun(name),
+        ):
+            pass
+    assert gpus == {}  # 没有建组
+
+
+def test_get_device_follows_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "available_devices", lambda: ["cpu", "cuda:0", "cuda:1"])
+    assert [str(get_device(name)) for name in ("cuda", "auto", "cuda:1")] == [
+        "cuda:0",
+        "cuda:0",
+        "cuda:1",
+    ]
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert [str(get_device(name)) for name in ("cuda", "auto", "cuda:0", "cpu")] == [
+        "cuda:1",
+        "cuda:1",
+        "cuda:0",
+        "cpu",
+    ]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="本机没有设备 'cuda'"):
+        get_device("cuda")
+
+
+def fail_with_user_error() -> None:
+    raise UserError("批太大")
+
+
+def fail_to_parse() -> None:
+    ArgumentParser(prog="x.py").parse_args(["--epoch"])
+
+
+@pytest.mark.parametrize("fail", [fail_with_user_error, fail_to_parse])
+@pytest.mark.parametrize(("rank", "waited"), [(None, []), ("0", []), ("1", [2]), ("13", [2])])
+def test_other_ranks_let_rank_zero_report_first(
+    fail, rank: str | None, waited: list[int], monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """0 号报错之后 torchrun 会结束其余进程，等在那里的就不再重复；只有它出错时仍然报告。"""
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    naps: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        assert capsys.readouterr().err == ""
+        naps.append(seconds)
+
+    monkeypatch.setattr(cli.time, "sleep", sleep)
+    with pytest.raises(SystemExit) as caught:
+        run_main(fail)
+    assert caught.value.code == 2 and naps == waited
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("错误：")

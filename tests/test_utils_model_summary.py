@@ -145,6 +145,41 @@ def test_uncalled_module_says_so() -> None:
     assert (spare.shape, spare.params, spare.macs, spare.calls) == ("未调用", 9, 0, 0)
 
 
+def test_identity_holds_no_activation_of_its_own() -> None:
+    """恒等交出的就是输入，训练时不另存一份；同样大小的 ReLU 则要。"""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Identity(), nn.ReLU())
+    summary = model_summary(model, torch.zeros(3, 4))
+    assert [r.activation_bytes for r in summary.rows] == [0, 48, 0, 48]
+    assert summary.activation_mib == 96 / 2**20
+    assert summary.rows[2].shape == "(3, 4)" and summary.rows[2].calls == 1
+
+
+def nested() -> nn.Module:
+    def block() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU()))
+
+    return nn.Sequential(nn.Linear(4, 4), nn.Sequential(block(), block()), nn.Linear(4, 2))
+
+
+def test_collapsed_folds_deep_rows_into_their_ancestor() -> None:
+    whole = model_summary(nested(), torch.zeros(1, 4))
+    before = [(r.path, r.params, r.activation_bytes) for r in whole.rows]
+    folded = whole.collapsed(2)
+    assert [(r.path, r.params, r.macs, r.activation_bytes) for r in folded.rows] == [
+        ("", 0, 16 + 4 * 16 + 8, 0),
+        ("0", 20, 16, 16),
+        ("1", 0, 64, 0),
+        ("1.0", 20 + 16, 32, 48),  # 三个叶模块的输出，各 16 字节
+        ("1.1", 20 + 16, 32, 48),
+        ("2", 10, 8, 8),
+    ]
+    assert str(folded).splitlines()[-2] == str(whole).splitlines()[-2]  # 合计一行不变
+    assert [(r.path, r.params, r.activation_bytes) for r in whole.rows] == before  # 原表不变
+    (root,) = whole.collapsed(0).rows
+    assert root.params == whole.total_params and root.macs == whole.total_macs
+    assert [r.params for r in whole.collapsed(9).rows] == [r.params for r in whole.rows]
+
+
 def test_frozen_parameters_are_reported() -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
     model[0].requires_grad_(False)
