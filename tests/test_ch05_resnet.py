@@ -143,6 +143,9 @@ def test_convolutions_keep_the_variance_of_the_gradient() -> None:
     conv = resnet18_cifar().layer2[0].conv1
     assert conv.weight.shape == (128, 64, 3, 3)
     assert conv.weight.std().item() == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.02)
+    conv = CifarResNet(8, width=64).blocks[1].conv1
+    assert conv.weight.shape == (128, 64, 3, 3)
+    assert conv.weight.std().item() == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.02)
 
 
 # ---------------------------------------------------------------- 块
@@ -359,7 +362,7 @@ def test_stem_stride_reaches_the_model() -> None:
     assert not build_model("plain20", 10, shape).blocks[0].shortcut
 
 
-@pytest.mark.parametrize("depth", [2, 7, 9, 21, 33, -4])
+@pytest.mark.parametrize("depth", [2, 7, 9, 11, 21, 33, -4])
 def test_depth_must_be_6n_plus_2(depth: int) -> None:
     with pytest.raises(ValueError, match=rf"depth={depth} 应为 6n\+2"):
         CifarResNet(depth)
