@@ -171,12 +171,15 @@ def train_and_test(
     if world().is_main:
         save_checkpoint(out_dir / f"{name}.pt", state.best_weights)
         print(f"测试  {name}：交叉熵 {score.loss:.4f} nats，准确率 {100 * score.accuracy:.2f}%")
+    seen = len(data.splits["train"].labels) // args.batch_size * args.batch_size
+    seen *= state.epoch - state.start  # 续训时只算这一次走的几轮
     return {
         "history": state.history,
         "test_loss": score.loss,
         "test_accuracy": score.accuracy,
         "confusion": score.confusion.tolist(),
         "seconds": timer.laps["训练"],
+        "images_per_second": seen / timer.laps["训练"],
     }
 
 
@@ -280,8 +283,6 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     other = runs.get(args.against, {}).get("test_accuracy")
     results = [Result(expected[0], reached, baseline=other)]
     results += [Result(lead, reached - other) for lead in expected[1:]]
-    seen = len(data.splits["train"].labels) // args.batch_size * args.batch_size * args.epochs
-    speed = seen / runs[args.model]["seconds"]
     return conclude(
         out_dir,
         results,
@@ -289,7 +290,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
         smoke=args.smoke,
         figures=figures.training_figures(runs, expected[0].chance, data.class_names),
         runs=runs,
-        images_per_second=speed,
+        images_per_second=runs[args.model]["images_per_second"],
         processes=world().size,
         laps=timer.laps,
     )

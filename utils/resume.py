@@ -30,6 +30,7 @@ class TrainingState:
     属性:
         history: 逐轮记录，每轮一个字典。
         best: ``{"score": 最好的验证得分, "weights": 那一轮的权重}``。
+        start: 从第几轮之后开始的；续训时是读回的轮数，否则为 0。
 
     异常:
         UserError: 检查点全部损坏，或设置与检查点不同。
@@ -60,6 +61,7 @@ class TrainingState:
             generator.set_state(saved["generator"])
             restore_rng(saved["rng"])
             self.history, self.best = saved["history"], saved["best"]
+        self.start = self.epoch
 
     @property
     def epoch(self) -> int:
