@@ -102,8 +102,9 @@ def fit(
         "memory_format": torch.channels_last if args.channels_last else torch.contiguous_format,
     }
     recipe = MODELS[name]
+    decay = recipe.weight_decay if args.weight_decay is None else args.weight_decay
     optimizer, schedule = make_optimizer(
-        model, recipe.optimizer, args.lr or recipe.lr, args.weight_decay, args.epochs * steps
+        model, recipe.optimizer, args.lr or recipe.lr, decay, args.epochs * steps
     )
     average = EMA(model, args.ema) if args.ema else None
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
@@ -199,7 +200,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--against",
         choices=["auto", "none", *MODELS],
         default="auto",
-        help="另以同样的配方训练一个对照网络；auto：synth-objects 上的 resnetN 与 plainN 相比",
+        help="另训练一个对照网络；auto：synth-objects 上的 resnetN 与 plainN 相比",
     )
     add("--epochs", type=positive_int, metavar="N", help="训练轮数（默认 由 --dataset 决定）")
     add("--lr", type=positive_float, metavar="X", help="峰值学习率（默认 由 --model 决定）")
@@ -222,8 +223,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     synthetic = args.dataset == "synth-objects"
     args.epochs = args.epochs or EPOCHS.get(args.dataset, 12)
-    if args.weight_decay is None:
-        args.weight_decay = MODELS[args.model].weight_decay
     if args.stem_stride is not None and not is_deep(args.model):
         parser.error(f"--stem-stride 只用于 resnetN、plainN、preact_resnetN，不用于 {args.model}")
     args.stem_stride = args.stem_stride or (2 if synthetic else 1)

@@ -184,6 +184,13 @@ def test_each_kind_of_mixing_alone_is_the_function_of_chapter_3() -> None:
             assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
+@pytest.mark.parametrize("options", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 1, "cutmix": 1}])
+def test_any_mixing_makes_soft_labels(options: dict, data: Data) -> None:
+    plain, softened = draw(data), draw(data, **options)
+    assert all(y.shape == (6,) for _, y in plain)
+    assert all(y.shape == (6, 3) for _, y in softened)
+
+
 def test_both_kinds_take_turns_by_chance() -> None:
     """CutMix 的每个像素都来自某一张原图，mixup 的则几乎都不是；各约一半。"""
     x = torch.rand(4, 1, 8, 8, generator=make_generator(0))
