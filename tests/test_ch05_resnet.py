@@ -248,7 +248,7 @@ def test_preactivation_normalises_before_the_convolution() -> None:
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_depth_counts_the_layers_with_weights(depth: int) -> None:
     with torch.device("meta"):
-        for options in ({}, {"shortcut": False}, {"preact": True}):
+        for options in ({}, {"shortcut": False}, {"block": PreActBlock}):
             model = CifarResNet(depth, **options)
             layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
             assert len(layers) == depth and len(model.blocks) == (depth - 2) // 2
@@ -284,7 +284,7 @@ def test_plain_network_is_the_chain_of_residuals() -> None:
         for block in model.blocks:
             h = F.relu(block.residual(h))
         assert_equal(model(x), model.fc(h.mean(dim=(2, 3))))
-        model = CifarResNet(8, preact=True).double().eval()
+        model = CifarResNet(8, block=PreActBlock).double().eval()
         fill(model)
         h = model.blocks(model.conv1(x))
         h = F.relu(model.bn1(h))
@@ -369,7 +369,7 @@ def test_depth_must_be_6n_plus_2(depth: int) -> None:
 
 
 def test_constructor_errors() -> None:
-    for options in ({"preact": True}, {"shortcut": False}):
+    for options in ({"block": PreActBlock}, {"shortcut": False}):
         with pytest.raises(ValueError, match="只适用于有捷径、非预激活"):
             CifarResNet(8, zero_init_residual=True, **options)
     for layers in ((1, 1, 1), (1, 1, 1, 0), (1, 1, 1, 1, 1)):
