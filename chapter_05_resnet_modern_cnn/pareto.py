@@ -98,7 +98,7 @@ def measure_cost(models: dict[str, nn.Module], data: Data, repeats: int) -> dict
         summary = model_summary(model.eval(), image)
         rows[name] = {"params": summary.total_params, "macs": summary.total_macs}
     for size in (1, 32):
-        x = torch.randn(size, *data.shape).contiguous(memory_format=LAYOUT)
+        x = torch.zeros(size, *data.shape).contiguous(memory_format=LAYOUT)
         work = {
             name: partial(seconds_of, partial(infer, model, x)) for name, model in models.items()
         }
