@@ -233,10 +233,13 @@ def test_every_algorithm_is_exact(convolve, case) -> None:
 
 
 @pytest.mark.parametrize("convolve", [integer_conv2d, kernel_conv2d, simulated_conv2d])
-def test_extreme_values_do_not_overflow(convolve) -> None:
-    x = torch.full((1, 1024, 3, 3), -128, dtype=torch.int8)
-    weight = torch.full((8, 1024, 1, 1), 127, dtype=torch.int8)
-    assert convolve(x, weight).unique().tolist() == [-128 * 127 * 1024]
+def test_long_sums_of_extreme_values_are_exact(convolve) -> None:
+    # 奇数，绝对值超过 2^24：float32 表示不了
+    total = -127 * 127 * 2049
+    assert torch.tensor(total).float().int() != total
+    x = torch.full((1, 2049, 3, 3), -127, dtype=torch.int8)
+    weight = torch.full((8, 2049, 1, 1), 127, dtype=torch.int8)
+    assert convolve(x, weight).unique().tolist() == [total]
 
 
 # ---------------------------------------------------------------- 层
