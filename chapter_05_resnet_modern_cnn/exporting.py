@@ -29,8 +29,9 @@ from torch.export import ExportedProgram
 
 from utils.file_io_util import REPO_ROOT, atomic_write
 
-# 在干净的解释器里运行的全部代码；最后一道检查：它确实没有用到本仓库的任何文件
+# 在干净的解释器里运行的全部代码；末尾的检查：没有用到、也找不到本仓库的文件
 RUNNER = """
+import importlib.util
 import sys
 import torch
 torch.set_num_threads(1)
@@ -40,6 +41,7 @@ torch.save([torch.export.load(path).module()(x) for path in paths], "output.pt")
 files = [getattr(module, "__file__", None) or "" for module in list(sys.modules.values())]
 used = [f for f in files if f.startswith(repository) and "site-packages" not in f]
 assert not used, used
+assert importlib.util.find_spec("chapter_05_resnet_modern_cnn") is None
 """
 
 

@@ -152,7 +152,7 @@ class Observer:
         if method == "percentile":
             ends = torch.tensor([tail, 1 - tail], device=values.device)
             return affine_grid(*torch.quantile(values, ends), bits)
-        shrunk = torch.linspace(0.2, 1, 41).to(values)
+        shrunk = torch.linspace(0.2, 1, 17).to(values)
         grids = [affine_grid(a * self.minimum, a * self.maximum, bits) for a in shrunk]
         return min(grids, key=lambda g: (fake_quantize(values, g) - values).square().mean().item())
 
