@@ -67,7 +67,8 @@ def step_timeline(layers: int, efficient: bool) -> list[int]:
 
         for layer in block.children():
             layer.register_forward_hook(forward_done)
-        block(x).sum().backward()
+        y = block(x)
+        y.sum().backward()
         note()  # 第一层自己的反向
     turn = peaks.pop(layers)  # 末尾的拼接，及它的反向：并入反向的第一段
     peaks[layers] = max(turn, peaks[layers])
