@@ -65,6 +65,21 @@ def test_layout_balance_and_order(objects: tuple[Tensor, Tensor]) -> None:
     assert make_synth_objects(1, make_generator(0))[0].shape == (1, 3, 32, 32)
 
 
+def test_drawing_uses_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """别的进程占着 CPU 时，多线程反而慢十倍。"""
+    seen = []
+    original = synth_objects._render
+
+    def render(labels: Tensor, rng: torch.Generator) -> Tensor:
+        seen.append(torch.get_num_threads())
+        return original(labels, rng)
+
+    monkeypatch.setattr(synth_objects, "_render", render)
+    torch.set_num_threads(2)
+    make_synth_objects(3, make_generator(0))
+    assert seen == [1]
+
+
 @pytest.mark.parametrize("count", [0, -5])
 def test_count_must_be_positive(count: int) -> None:
     with pytest.raises(ValueError, match=f"count = {count}，图像数至少为 1"):
@@ -177,6 +192,7 @@ def test_pose_moves_and_turns(pose) -> None:
     turned = centre()
     k = CLASS_NAMES.index("crescent")  # 重心离原点最远
     before, after = (complex(*c[k]) for c in (still, turned))
+    assert abs(cmath.phase(-before)) < 0.02  # 缺口在右，重心在左
     assert cmath.phase(after / before) == pytest.approx(0.5, abs=0.02)
     assert abs(after) == pytest.approx(abs(before), rel=0.02)
 
@@ -184,6 +200,17 @@ def test_pose_moves_and_turns(pose) -> None:
 def test_soft_edge() -> None:
     cover = synth_objects._cover(torch.tensor([-5.0, -0.6, -0.3, 0.0, 0.3, 0.6, 5.0]))
     assert cover.tolist() == pytest.approx([1, 1, 0.75, 0.5, 0.25, 0, 0])
+
+
+@pytest.mark.parametrize("scale", [6.0, 9.0, 13.0])
+def test_the_edge_is_as_soft_at_every_scale(pose, scale: float) -> None:
+    """正方形的覆盖率可以逐像素写出；过渡宽度总是 ``EDGE`` 像素，与物体的大小无关。"""
+    pose(SCALE=scale)
+    along = torch.arange(32) - 15.5
+    outside = torch.maximum(along.abs()[:, None], along.abs()) - 0.72 * scale
+    expected = (0.5 - outside / 1.2).clamp(0, 1)
+    found = masks()[CLASS_NAMES.index("square")]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 def test_outlines_differ(pose) -> None:
