@@ -210,8 +210,8 @@ def add_common_args(
 
 def _print_error(message: str) -> None:
     if os.environ.get("RANK", "0") != "0":
-        # 由 torchrun 启动：0 号有同样的错误时，它报告之后 torchrun 就会结束其余进程
-        time.sleep(2)
+        # 由 torchrun 启动：0 号有同样的错误时，它退出之后（忙时要几秒）torchrun 就会结束其余进程
+        time.sleep(10)
     print("错误：" + " ".join(str(message).split()), file=sys.stderr)
 
 
