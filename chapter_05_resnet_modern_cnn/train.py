@@ -15,6 +15,7 @@ import inspect
 import itertools
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ from utils.cli import (
     positive_float,
     positive_int,
 )
-from utils.distributed import average_buffers, join_torchrun, world
+from utils.distributed import average_buffers, join_torchrun, main_first, world
 from utils.file_io_util import save_checkpoint
 from utils.resume import TrainingState
 
@@ -261,13 +262,14 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     out_dir = prepare_out_dir(args.out_dir)
     device = get_device(args.device)
     with Timer(device) as timer:
-        data = load_data(
-            args.dataset,
-            args.data_dir,
-            download=args.download,
-            limit=256 if args.smoke else None,
-            image_size=args.image_size,
-        )
+        with main_first() if args.download else nullcontext():
+            data = load_data(
+                args.dataset,
+                args.data_dir,
+                download=args.download,
+                limit=256 if args.smoke else None,
+                image_size=args.image_size,
+            )
         timer.lap("数据")
         expected = expectations(args, data)
         names = [args.model, *([args.against] if args.against != "none" else [])]

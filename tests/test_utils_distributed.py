@@ -26,6 +26,7 @@ from utils.distributed import (
     join_torchrun,
     launch,
     launched_by_torchrun,
+    main_first,
     sum_over_processes,
     world,
 )
@@ -251,6 +252,8 @@ def test_one_process_needs_no_group() -> None:
     norm.running_mean.fill_(4.0)
     average_buffers(norm)
     assert norm.running_mean.tolist() == [4.0] * 3
+    with main_first():
+        pass
     with join_torchrun("cuda:7"):  # 没有 torchrun：不管设备，也不建组
         assert not dist.is_initialized()
 
@@ -274,6 +277,10 @@ def collect() -> list[Any]:
     total = sum_over_processes(values)
     model = Counted(rank)
     average_buffers(model)
+    with main_first():
+        entered = time.time()
+        time.sleep(0.2 if rank == 0 else 0)
+        left = time.time()
     shard = [x.tolist() for x, _ in Shard([(torch.arange(5),) * 2, (torch.ones(1),) * 2], *world())]
     mine = {
         "world": tuple(world()),
@@ -285,6 +292,7 @@ def collect() -> list[Any]:
         "tracked": model.norm.num_batches_tracked.item(),
         "weight": model.norm.weight.tolist(),
         "shard": shard,
+        "stay": (entered, left),
     }
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
@@ -299,6 +307,7 @@ def test_sums_and_averages_over_two_processes() -> None:
         assert each["total"] == [3, 10]
         assert each["mean"] == [1.5, 15.0] and each["var"] == [4.0, 4.0]
         assert each["tracked"] == 7 and each["weight"] == [rank, rank]
+    assert found[0]["stay"][1] <= found[1]["stay"][0]  # 0 号做完，1 号才开始
     assert [each["shard"] for each in found] == [[[0, 1]], [[2, 3, 4], [1.0]]]
 
 

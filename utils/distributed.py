@@ -169,6 +169,17 @@ def world() -> World:
     return World(dist.get_rank(), dist.get_world_size())
 
 
+@contextmanager
+def main_first() -> Iterator[None]:
+    """其间的事由 0 号先做，做完其余进程再一齐做：例如下载，同时写一个文件会写坏。"""
+    rank, size = world()
+    if size > 1 and rank > 0:
+        dist.barrier()
+    yield
+    if size > 1 and rank == 0:
+        dist.barrier()
+
+
 class Shard:
     """把 ``batches`` 的每一批分给各个进程：依次切成 ``size`` 段，``rank`` 号取自己的一段。
 
