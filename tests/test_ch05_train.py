@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from chapter_03_optimization_regularization.averaging import EMA
@@ -237,10 +238,24 @@ def test_saved_weights_reproduce_the_reported_scores(tmp_path: Path, extra: list
     assert score.confusion.tolist() == found["confusion"] and score.confusion.sum() == 50
     best = max(row["val_accuracy"] for row in found["history"])
     assert recipe.evaluate(model, data.batches("val"), 10, CPU).accuracy == best
-    if extra:  # 平均的权重与它重算过的统计量，不是训练中的模型
-        (path,) = tmp_path.glob("checkpoints_tiny/*3.pt")
-        last = load_checkpoint(path)
-        assert not torch.equal(last["model"]["0.weight"], last["average"]["module.0.weight"])
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_average_with_its_own_statistics_is_scored_and_saved(tmp_path: Path) -> None:
+    run(tmp_path, "--epochs", "1", "--ema", "0.8")
+    weights = load_checkpoint(tmp_path / "tiny.pt")
+    (path,) = tmp_path.glob("checkpoints_tiny/*.pt")
+    last = load_checkpoint(path)
+    for key, value in weights.items():
+        assert torch.equal(value, last["average"][f"module.{key}"]), key
+    assert not torch.equal(weights["0.weight"], last["model"]["0.weight"])
+    # BatchNorm 的统计量属于平均之后的权重：用不增强的训练数据重算，各批等权
+    images = load_data("synth-objects").batches("train", 32)
+    outputs = [F.conv2d(x, weights["0.weight"], weights["0.bias"], stride=4) for x, _ in images]
+    mean = torch.stack([y.mean(dim=(0, 2, 3)) for y in outputs]).mean(dim=0)
+    var = torch.stack([y.var(dim=(0, 2, 3)) for y in outputs]).mean(dim=0)
+    torch.testing.assert_close(weights["1.running_mean"], mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weights["1.running_var"], var, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("tiny")
@@ -282,6 +297,22 @@ def test_settings_that_follow_from_others(capsys: pytest.CaptureFixture[str]) ->
     assert "--stem-stride 只用于" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("tiny")
+def test_every_epoch_starts_from_its_own_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    original = train.train_one_epoch
+
+    def record(*args, **options):
+        seen.append(torch.initial_seed())
+        return original(*args, **options)
+
+    monkeypatch.setattr(train, "train_one_epoch", record)
+    run(tmp_path, "--seed", "7")
+    assert seen == [train.epoch_seed(7, epoch) for epoch in range(3)]
+
+
 def test_epochs_and_ranks_have_their_own_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
     seeds = set()
     for rank in range(4):
@@ -309,6 +340,15 @@ def test_memory_format_and_half_precision(tmp_path: Path) -> None:
     assert half == pytest.approx(plain, rel=0.05) and half != pytest.approx(plain, rel=1e-6)
     weights = load_checkpoint(tmp_path / "c" / "tiny.pt")
     assert all(v.dtype in (torch.float32, torch.int64) for v in weights.values())
+
+
+@pytest.mark.usefixtures("tiny")
+def test_augmentation_is_on_unless_asked_otherwise(tmp_path: Path) -> None:
+    default, standard, none = (
+        losses(run(tmp_path / str(i), *extra))
+        for i, extra in enumerate(([], ["--augment", "standard"], ["--augment", "none"]))
+    )
+    assert default == standard and default[0] != none[0]
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="没有 C++ 编译器")
