@@ -157,7 +157,7 @@ class Runs(NamedTuple):
         folder = self.root / name
         (found,) = load_json(folder / "metrics.json")["runs"].values()
         found = {key: value for key, value in found.items() if "second" not in key}
-        for path in sorted([*folder.glob("*.pt"), *folder.glob("checkpoints_*/*.pt")]):
+        for path in sorted([*folder.glob("*.pt"), *folder.glob("checkpoints*/*.pt")]):
             found[path.name] = flatten(load_checkpoint(path))
         return found
 
@@ -301,7 +301,7 @@ def test_the_real_script_under_torchrun(runs: Runs) -> None:
     assert len(metrics["runs"]["resnet20"]["history"]) == 2
     assert sum(map(sum, metrics["runs"]["resnet20"]["confusion"])) == 256
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    checkpoints = {f"checkpoints_resnet20/step_0000000{i}.pt" for i in (1, 2)}
+    checkpoints = {f"checkpoints/step_0000000{i}.pt" for i in (1, 2)}
     assert names == {"metrics.json", "resnet20.pt", "history.png", "confusion.png", *checkpoints}
 
 

@@ -78,7 +78,7 @@ def outcome(out_dir: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"results": metrics["results"]}
     for name, each in metrics["runs"].items():
         found[name] = {k: v for k, v in each.items() if "second" not in k}
-    for path in sorted([*out_dir.glob("*.pt"), *out_dir.glob("checkpoints_*/*.pt")]):
+    for path in sorted([*out_dir.glob("*.pt"), *out_dir.glob("checkpoints*/*.pt")]):
         found[path.name] = flatten(load_checkpoint(path))
     return found
 
@@ -199,12 +199,12 @@ def test_killed_at_a_random_moment_then_resumed(tmp_path: Path, tiny: None) -> N
         cwd=REPO_ROOT,
     )
     deadline = time.monotonic() + 100
-    while not list(log.glob("checkpoints_*/*.pt")) and time.monotonic() < deadline:
+    while not list(log.glob("checkpoints*/*.pt")) and time.monotonic() < deadline:
         time.sleep(0.002)
     time.sleep(random.SystemRandom().uniform(0, 0.3))  # 一轮之内的任意时刻
     process.kill()
     assert process.wait() in (-signal.SIGKILL, 0)
-    assert list(log.glob("checkpoints_*/*.pt"))
+    assert list(log.glob("checkpoints*/*.pt"))
     run(log, *options, "--resume")
     run(tmp_path / "whole", *options)
     assert outcome(log) == outcome(tmp_path / "whole")
@@ -217,7 +217,6 @@ def test_resume_with_other_settings_or_another_model(tmp_path: Path) -> None:
         run(tmp_path, "--resume", "--epochs", "4")
     with pytest.raises(UserError, match="mixup 原为 0.0 今为 0.5、ema 原为 0.0 今为 0.9"):
         run(tmp_path, "--resume", "--mixup", "0.5", "--ema", "0.9")
-    shutil.copytree(tmp_path / "checkpoints_tiny", tmp_path / "checkpoints_resnet10")
     with pytest.raises(UserError, match="model 原为 tiny 今为 resnet10"):
         run(tmp_path, "--resume", "--model", "resnet10")
 
@@ -244,7 +243,7 @@ def test_saved_weights_reproduce_the_reported_scores(tmp_path: Path, extra: list
 def test_the_average_with_its_own_statistics_is_scored_and_saved(tmp_path: Path) -> None:
     run(tmp_path, "--epochs", "1", "--ema", "0.8")
     weights = load_checkpoint(tmp_path / "tiny.pt")
-    (path,) = tmp_path.glob("checkpoints_tiny/*.pt")
+    (path,) = tmp_path.glob("checkpoints/*.pt")
     last = load_checkpoint(path)
     for key, value in weights.items():
         assert torch.equal(value, last["average"][f"module.{key}"]), key
