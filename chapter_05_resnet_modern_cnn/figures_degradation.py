@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -93,42 +94,32 @@ def gradient_figure(
     return figure
 
 
-def lesion_figure(
-    singles: Mapping[str, Sequence[float]],
-    intact: Mapping[str, float],
-    counts: Sequence[int],
-    several: Mapping[str, np.ndarray],
-    shape_changing: Mapping[str, Sequence[int]],
-    chance: float,
-) -> Figure:
-    """上：每个网络逐块拆除之后的错误率；下右：随机拆掉若干块。
+def lesion_figure(cut: Mapping[str, Mapping[str, Any]], chance: float) -> Figure:
+    """每个网络逐块拆除之后的错误率；最右是随机拆掉若干块。
 
     参数:
-        singles: 网络 -> 拆掉第 i 块之后的验证错误率，0 到 1。
-        intact: 网络 -> 完好时的验证错误率。
-        counts: 拆掉的块数。
-        several: 网络 -> 错误率 ``(次, len(counts))``。
-        shape_changing: 网络 -> 负责缩小与加宽的块的编号。
+        cut: 网络 -> ``intact`` 完好时的错误率；``single`` 拆掉第 i 块之后的；``changing`` 改变
+            形状的块的编号；``counts`` 与 ``several`` ``(次, len(counts))``，随机拆掉若干块之后的。
         chance: 机会线，错误率。
     """
-    widths = [max(len(values), 12) for values in singles.values()]
+    widths = [max(len(found["single"]), 12) for found in cut.values()]
     figure, grid = new_figure(
-        1, len(singles) + 1, size=(13.5, 3.5), sharey=True, width_ratios=[*widths, 16]
+        1, len(cut) + 1, size=(13.5, 3.5), sharey=True, width_ratios=[*widths, 18]
     )
-    for axes, (name, values) in zip(grid[0], singles.items(), strict=False):
-        color = LOOKS[name]["color"]
-        bars = axes.bar(range(1, len(values) + 1), 100 * np.array(values), color=color, width=0.75)
-        for index in shape_changing[name]:
+    last = grid[0, -1]
+    for axes, (name, found) in zip(grid[0], cut.items(), strict=False):
+        color, height = LOOKS[name]["color"], 100 * np.array(found["single"])
+        bars = axes.bar(range(1, len(height) + 1), height, color=color, width=0.75)
+        for index in found["changing"]:
             bars[index].set(facecolor="white", edgecolor=color, hatch="////")
-        axes.axhline(100 * intact[name], color="black", linewidth=1.2, linestyle=(0, (4, 1.5)))
-        axes.axhline(100 * chance, color=MUTED, linestyle=":", linewidth=1)
+        level = 100 * found["intact"]
+        axes.axhline(level, color="black", linewidth=1.2, linestyle=(0, (4, 1.5)))
         axes.set(xlabel="block removed", title=name, ylim=(0, 100))
         axes.grid(axis="x", visible=False)
-    axes = grid[0, -1]
-    for name, values in several.items():
-        _band(axes, counts, 100 * values, name)
-    axes.axhline(100 * chance, color=MUTED, linestyle=":", linewidth=1)
-    axes.set(xlabel="number of blocks removed", title="several at random")
-    axes.legend(loc="lower right")
-    grid[0, 0].set_ylabel("validation error (%)")
+        _band(last, found["counts"], 100 * np.array(found["several"]), name)
+    for axes in grid[0]:
+        axes.axhline(100 * chance, color=MUTED, linestyle=":", linewidth=1)
+    last.set(xlabel="number of blocks removed", title="several at random")
+    last.legend(loc="lower right")
+    grid[0, 0].set_ylabel("training error (%)")
     return figure

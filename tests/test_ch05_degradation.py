@@ -1,0 +1,254 @@
+"""退化问题：梯度的分解与增长、拆块、路的条数，以及 ``degradation.py`` 的循环、续训与结论。"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from chapter_05_resnet_modern_cnn import degradation
+from chapter_05_resnet_modern_cnn.degradation import (
+    DEEPER_PLAIN,
+    DEEPER_RESNET,
+    EXPECTED,
+    conclusions,
+)
+from chapter_05_resnet_modern_cnn.figures_degradation import (
+    gradient_figure,
+    lesion_figure,
+    training_figure,
+)
+from chapter_05_resnet_modern_cnn.gradient_flow import (
+    GAIN,
+    branch_gradient,
+    gradient_similarity,
+    open_path,
+    relative_gradients,
+)
+from chapter_05_resnet_modern_cnn.lesions import (
+    bypass,
+    path_counts,
+    random_lesions,
+    removable,
+    without_blocks,
+)
+from chapter_05_resnet_modern_cnn.resnet_cifar import CifarBlock, CifarResNet, PreActBlock
+from tests.parity import assert_equal, autograd, normal
+from tests.resuming import flatten, interrupt_after
+from utils import UserError, make_generator
+from utils.file_io_util import load_checkpoint
+
+
+def chain(block: type[CifarBlock], length: int = 3, channels: int = 4) -> nn.Sequential:
+    """形状不变的一串块，float64；BatchNorm 的缩放与平移取随机值。"""
+    blocks = nn.Sequential(*(block(channels, channels) for _ in range(length))).double()
+    for index, parameter in enumerate(blocks.parameters()):
+        if parameter.ndim == 1:
+            parameter.data = 1 + 0.3 * normal(*parameter.shape, seed=index)
+    return blocks
+
+
+# ---------------------------------------------------------------- 恒等的直路
+
+
+def test_preactivation_telescopes_and_the_gradient_arrives_whole() -> None:
+    """``x_L = x_l + ΣF``，于是 ``∂L/∂x_l = ∂L/∂x_L + (∂ΣF/∂x_l)ᵀ ∂L/∂x_L``，逐元素成立。"""
+    blocks, x, grad = chain(PreActBlock), normal(2, 4, 5, 5), normal(2, 4, 5, 5, seed=1)
+    states, residuals = [x], []
+    for block in blocks:
+        residuals.append(block.residual(states[-1]))
+        states.append(block(states[-1]))
+    assert_equal(states[-1], x + sum(residuals))
+    for start in range(3):
+        tail = blocks[start:]
+        (whole,) = autograd(tail, grad, states[start])
+        assert_equal(whole, grad + branch_gradient(tail, states[start], grad), 1e-12)
+
+
+def test_the_identity_survives_when_every_branch_is_dead() -> None:
+    """权重全为零：预激活的梯度原样传回，后激活只在 ReLU 放行之处，孪生网络什么也没有。"""
+    x, grad = normal(2, 4, 5, 5), normal(2, 4, 5, 5, seed=1)
+    found = {}
+    for name, block in (("pre", PreActBlock), ("post", CifarBlock)):
+        blocks = nn.Sequential(*(block(4, 4) for _ in range(3))).double()
+        for parameter in blocks.parameters():
+            nn.init.zeros_(parameter)
+        found[name] = autograd(blocks, grad, x)[0]
+    assert torch.equal(found["pre"], grad)
+    assert torch.equal(found["post"], grad * (x > 0))
+    plain = CifarBlock(4, 4, shortcut=False).double()
+    nn.init.zeros_(plain.conv1.weight)
+    nn.init.constant_(plain.bn2.bias, 1.0)  # 使最后的 ReLU 放行
+    assert torch.equal(autograd(plain, grad, x)[0], torch.zeros_like(x))
+
+
+def test_post_activation_masks_the_straight_path() -> None:
+    """后激活的直路是 ``grad`` 乘以各个 ReLU 的掩码：其余的全经过分支，预激活的等式不再成立。"""
+    blocks, x, grad = chain(CifarBlock), normal(2, 4, 5, 5).relu(), normal(2, 4, 5, 5, seed=1)
+    mask = torch.ones_like(x, dtype=torch.bool)
+    start = x.clone().requires_grad_()
+    state, gates = start, []
+    for block in blocks:
+        total = state + block.residual(state)
+        gates.append(total > 0)
+        mask &= gates[-1]
+        # 分支的输出当作常数，只留直路
+        state = F.relu(state + block.residual(state).detach())
+    (straight,) = torch.autograd.grad(state, start, grad)
+    assert_equal(straight, grad * mask)
+    assert torch.equal(open_path(blocks, x), mask)
+    assert 0.1 < mask.double().mean() < 0.9
+    (whole,) = autograd(blocks, grad, x)
+    assert (whole - grad - branch_gradient(blocks, x, grad)).abs().max() > 0.1
+
+
+# ---------------------------------------------------------------- 梯度的大小与相似
+
+
+def test_gradient_grows_by_pi_over_pi_minus_one_per_layer() -> None:
+    """宽的「线性、BatchNorm、ReLU」：梯度的平方每往前一层乘 π/(π-1)，与推导一致。"""
+    width, batch, layers = 400, 800, 12
+    x = normal(batch, width).float()
+    states = [x.requires_grad_()]
+    for index in range(layers):
+        weight = normal(width, width, seed=index + 1).float() * math.sqrt(2 / width)
+        states.append(F.relu(F.batch_norm(states[-1] @ weight, None, None, training=True)))
+    grads = torch.autograd.grad(states[-1], states[1:-1], normal(batch, width, seed=99).float())
+    sizes = torch.stack([g.square().sum() for g in grads])
+    growth = (sizes[0] / sizes[-1]) ** (1 / (len(grads) - 1))
+    assert growth.item() == pytest.approx(GAIN, rel=0.03)
+    assert GAIN == pytest.approx(1.467, abs=1e-3)
+
+
+def small(depth: int = 20, **options: bool) -> CifarResNet:
+    """四个通道起的小网络。"""
+    torch.manual_seed(0)
+    return CifarResNet(depth, width=4, **options)
+
+
+def images(count: int = 16) -> tuple[Tensor, Tensor]:
+    """随机的图像与标签。"""
+    return normal(count, 3, 16, 16).float(), torch.arange(count) % 10
+
+
+def test_relative_gradients_are_the_ones_of_autograd_and_leave_the_model_alone() -> None:
+    model, (x, y) = small().eval(), images()
+    before = flatten(model.state_dict())
+    found = relative_gradients(model, x, y)
+    assert not model.training and flatten(model.state_dict()) == before
+    assert all(parameter.grad is None for parameter in model.parameters())
+    model.train()
+    F.cross_entropy(model(x), y).backward()
+    convs = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    expected = [(c.weight.grad.norm() / c.weight.norm()).item() for c in convs]
+    assert found == pytest.approx(expected, rel=1e-5) and len(found) == 19
+    for conv in convs:  # BatchNorm 使输出与权重的大小无关，梯度因而与权重垂直
+        cosine = F.cosine_similarity(conv.weight.grad.flatten(), conv.weight.flatten(), dim=0)
+        assert cosine.abs() < 1e-3
+
+
+def test_shortcuts_tame_the_growth_of_gradients() -> None:
+    x, y = images(32)
+    ratio = {}
+    for name, options in (("plain", {"shortcut": False}), ("residual", {}), ("pre", {"preact": 1})):
+        found = relative_gradients(small(56, **options), x, y)
+        ratio[name] = found[1] / found[-1]
+    assert ratio["plain"] > 20 * ratio["residual"] and ratio["plain"] > 20 * ratio["pre"]
+
+
+def test_zero_gamma_starts_with_branches_that_do_not_move() -> None:
+    """γ = 0：分支里的卷积梯度恰为零，先动的只有 γ 自己与起始卷积。"""
+    model, (x, y) = small(zero_init_residual=True), images()
+    found = relative_gradients(model, x, y)
+    assert found[0] > 0 and found[1:] == [0.0] * 18
+    F.cross_entropy(model(x), y).backward()
+    assert all(block.bn2.weight.grad.abs().max() > 0 for block in model.blocks)
+
+
+def test_similarity_is_one_for_a_linear_model_and_falls_with_noise() -> None:
+    x, _ = images()
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(3 * 256, 10))
+    assert gradient_similarity(linear, x, 0.5, make_generator(0)) == pytest.approx(1.0)
+    model = small()
+    before = flatten(model.state_dict())
+    found = [gradient_similarity(model, x, e, make_generator(0)) for e in (0.0, 0.02, 0.3)]
+    assert found[0] == pytest.approx(1.0) and found[0] > found[1] > found[2]
+    assert flatten(model.state_dict()) == before and model.training
+
+
+def test_gradients_of_deep_plain_networks_shatter() -> None:
+    x, _ = images()
+    cosine = {
+        shortcut: gradient_similarity(small(56, shortcut=shortcut), x, 0.01, make_generator(0))
+        for shortcut in (True, False)
+    }
+    assert cosine[True] > 0.4 and cosine[False] < 0.2
+
+
+# ---------------------------------------------------------------- 拆块
+
+
+def trained_statistics(model: CifarResNet) -> CifarResNet:
+    """以几批随机图像更新滑动统计量，使推理模式有意义。"""
+    for seed in range(3):
+        model.train()(normal(8, 3, 16, 16, seed=seed).float())
+    return model.eval()
+
+
+def test_a_removed_block_is_its_shortcut() -> None:
+    """拆掉之后的输出，等于把那一块的残差分支清零；恒等与补零的捷径都是。"""
+    model, x = trained_statistics(small()), images(4)[0]
+    before = flatten(model.state_dict())
+    for index in (1, 3, 8):  # 3 是改变形状的一块
+        cut = without_blocks(model, [index])
+        silent = without_blocks(model, [])
+        nn.init.zeros_(silent.blocks[index].bn2.weight)
+        nn.init.zeros_(silent.blocks[index].bn2.bias)
+        assert_equal(cut(x), silent(x), 1e-6)
+        assert not torch.equal(cut(x), model(x))
+    assert flatten(model.state_dict()) == before and len(model.blocks) == 9
+
+
+def test_plain_blocks_get_a_shortcut_when_removed() -> None:
+    model = small(shortcut=False)
+    assert isinstance(bypass(model.blocks[0]), nn.Identity)
+    x = normal(2, 4, 6, 6)
+    shrunk = bypass(model.blocks[3])(x)
+    assert shrunk.shape == (2, 8, 3, 3)
+    assert torch.equal(shrunk[:, 2:6], x[:, :, ::2, ::2]) and shrunk[:, [0, 1, 6, 7]].sum() == 0
+    assert removable(model) == [0, 1, 2, 4, 5, 7, 8]
+
+
+def test_random_lesions_are_distinct_blocks_that_keep_the_shape() -> None:
+    model = small()
+    seen = set()
+    for seed in range(20):
+        cut = random_lesions(model, 3, make_generator(seed))
+        gone = {i for i, block in enumerate(cut.blocks) if isinstance(block, nn.Identity)}
+        assert len(gone) == 3 and gone <= set(removable(model))
+        seen |= gone
+    assert seen == set(removable(model))
+    for count in (-1, 8):
+        with pytest.raises(ValueError, match=f"count={count}"):
+            random_lesions(model, count, make_generator(0))
+    with pytest.raises(ValueError, match=r"dropped=\[9\]"):
+        without_blocks(model, [9])
+
+
+def test_paths_by_length() -> None:
+    assert path_counts(3) == [1, 3, 3, 1]
+    deep = path_counts(27)
+    assert sum(deep) == 2**27 == 134_217_728
+    near = sum(deep[9:19])  # 9 到 18 个分支，约合 19 到 37 层
+    assert 0.95 < near / 2**27 < 0.96
+    # 一个线性的例子：F_i = a_i·x，y = Π(1 + a_i)·x，恰是各条路之和
+    a = [0.5, -0.25, 2.0]
+    paths = [
+        math.prod(a[i] for i in range(3) if mask >> i & 1) for mask in range(8)
+    ]  # 空积是 1：只走捷径的那条
+    assert math.prod(1 + v for v in a) == sum(paths) == 3.375
