@@ -1,7 +1,7 @@
 """深度怎样改变梯度：各层相差几个数量级，邻近的输入还像不像，直路传回多少。
 
-    没有捷径:  每层的梯度平方乘 π/(π-1)，随层数指数增长
-    有捷径:    ∂L/∂x_l = ∂L/∂x_L + (∂ΣF/∂x_l)ᵀ ∂L/∂x_L，第一项不经过任何权重
+    没有捷径:  往前每一层，梯度平方乘 π/(π-1)：指数增长
+    有捷径:    ∂L/∂x_l = ∂L/∂x_L + (∂ΣF/∂x_l)ᵀ ∂L/∂x_L，第一项不经过任何权重：幂次增长
 
 都是纯粹的测量：网络先复制一份，权重与 BatchNorm 的滑动统计量一概不变。不处理：训练，见
 ``degradation.py``；逐路径的分解，见 ``lesions.py``。
@@ -29,6 +29,24 @@ from chapter_05_resnet_modern_cnn.resnet_cifar import CifarBlock
 
 # 宽网络里，一层「线性、BatchNorm、ReLU」使反向传播的梯度平方放大的倍数；推导见 degradation.md
 GAIN = math.pi / (math.pi - 1)
+
+
+def plain_growth(layers: int) -> float:
+    """没有捷径时，梯度平方往前 ``layers`` 层的放大倍数：``GAIN^layers``，指数增长。"""
+    return GAIN**layers
+
+
+def residual_growth(blocks: int, variance: float = 1.0) -> float:
+    """预激活的残差网络里，梯度平方往前 ``blocks`` 个两层的块的放大倍数，幂次增长。
+
+        Π (1 + GAIN / v_l),    v_l = variance + l / GAIN
+
+    直路上的方差 ``v_l`` 逐块累加，分支入口的 BatchNorm 除以它，所以越深的块添得越少。
+
+    参数:
+        variance: 第一个块的输入在一批之内的方差。
+    """
+    return math.prod(1 + GAIN / (variance + index / GAIN) for index in range(blocks))
 
 
 def relative_gradients(model: nn.Module, x: Tensor, y: Tensor) -> list[float]:

@@ -28,7 +28,9 @@ from chapter_05_resnet_modern_cnn.gradient_flow import (
     branch_gradient,
     gradient_similarity,
     open_path,
+    plain_growth,
     relative_gradients,
+    residual_growth,
 )
 from chapter_05_resnet_modern_cnn.lesions import (
     bypass,
@@ -110,19 +112,34 @@ def test_post_activation_masks_the_straight_path() -> None:
 # ---------------------------------------------------------------- 梯度的大小与相似
 
 
-def test_gradient_grows_by_pi_over_pi_minus_one_per_layer() -> None:
-    """宽的「线性、BatchNorm、ReLU」：梯度的平方每往前一层乘 π/(π-1)，与推导一致。"""
-    width, batch, layers = 400, 800, 12
-    x = normal(batch, width).float()
-    states = [x.requires_grad_()]
-    for index in range(layers):
-        weight = normal(width, width, seed=index + 1).float() * math.sqrt(2 / width)
-        states.append(F.relu(F.batch_norm(states[-1] @ weight, None, None, training=True)))
-    grads = torch.autograd.grad(states[-1], states[1:-1], normal(batch, width, seed=99).float())
-    sizes = torch.stack([g.square().sum() for g in grads])
-    growth = (sizes[0] / sizes[-1]) ** (1 / (len(grads) - 1))
-    assert growth.item() == pytest.approx(GAIN, rel=0.03)
+def wide_growth(residual: bool, depth: int, width: int = 256, batch: int = 512) -> float:
+    """宽的全连接网络，由深到浅梯度平方的放大倍数；残差的一块有两层，其余一层。"""
+
+    def linear(x: Tensor, seed: int) -> Tensor:
+        return x @ (normal(width, width, seed=seed).float() * math.sqrt(2 / width))
+
+    def active(x: Tensor) -> Tensor:
+        return F.relu(F.batch_norm(x, None, None, training=True))
+
+    start = state = normal(batch, width).float().requires_grad_()
+    for index in range(depth):
+        if residual:
+            state = state + linear(active(linear(active(state), 2 * index + 1)), 2 * index + 2)
+        else:
+            state = linear(active(state), index + 1)
+    grad = normal(batch, width, seed=999).float()
+    (found,) = torch.autograd.grad(state, start, grad)
+    return (found.square().sum() / grad.square().sum()).item()
+
+
+def test_gradients_grow_exponentially_without_shortcuts_and_as_a_power_with_them() -> None:
+    """推导出的两条增长律，与宽网络里量出来的相符。"""
     assert round(GAIN, 3) == 1.467
+    # 第一层的输入方差是 1，而不是 1/GAIN，所以少放大一次
+    assert wide_growth(False, 13) == pytest.approx(plain_growth(12), rel=0.2)
+    for blocks in (3, 9):
+        assert wide_growth(True, blocks) == pytest.approx(residual_growth(blocks), rel=0.05)
+    assert plain_growth(54) > 9e8 and round(residual_growth(27)) == 328
 
 
 def small(depth: int = 20, **options: bool) -> CifarResNet:
