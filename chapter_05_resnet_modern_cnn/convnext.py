@@ -139,6 +139,9 @@ def convnext_tiny(num_classes: int = 1000, drop_path: float = 0.1) -> ConvNeXt:
     return ConvNeXt((3, 3, 9, 3), (96, 192, 384, 768), 4, num_classes, drop_path=drop_path)
 
 
-def convnext_cifar(num_classes: int = 10, in_channels: int = 3) -> ConvNeXt:
-    """32 像素的形式：908890 个参数；2×2 的小块，三级各两块，边长 16 -> 8 -> 4。"""
-    return ConvNeXt((2, 2, 2), (48, 96, 192), 2, num_classes, in_channels)
+def convnext_cifar(
+    num_classes: int = 10, in_channels: int = 3, stem_stride: int = 1, layer_scale: float = 1e-6
+) -> ConvNeXt:
+    """32 像素的形式：908890 个参数；小块的边长是 ``2·stem_stride``，三级各两块，16 -> 8 -> 4。"""
+    patch, options = 2 * stem_stride, {"layer_scale": layer_scale}
+    return ConvNeXt((2, 2, 2), (48, 96, 192), patch, num_classes, in_channels, **options)

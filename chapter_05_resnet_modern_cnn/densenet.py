@@ -236,12 +236,16 @@ def rename_old_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def densenet_cifar(
-    num_classes: int = 10, in_channels: int = 3, memory_efficient: bool = False
+    num_classes: int = 10,
+    in_channels: int = 3,
+    stem_stride: int = 1,
+    memory_efficient: bool = False,
 ) -> DenseNet:
     """32 像素的 DenseNet-BC，40 层，k = 12；173962 个参数，边长 32 -> 16 -> 8。
 
     论文的 40 层形式三块各 6 层；这里按 2、6、10 分配同样的 18 层，从最贵的大图上挪走几层，
     乘加减半。
     """
-    conv = nn.Conv2d(in_channels, 24, kernel_size=3, padding=1, bias=False)
-    return DenseNet(12, (2, 6, 10), {"conv0": conv}, 4, num_classes, memory_efficient)
+    conv = nn.Conv2d(in_channels, 24, 3, stem_stride, padding=1, bias=False)
+    at_least = 4 * stem_stride
+    return DenseNet(12, (2, 6, 10), {"conv0": conv}, at_least, num_classes, memory_efficient)

@@ -28,7 +28,7 @@ from chapter_05_resnet_modern_cnn.data import DATASETS, Data, load_data
 from chapter_05_resnet_modern_cnn.exporting import export_program, run_elsewhere
 from chapter_05_resnet_modern_cnn.figures_deploy import accuracy_figure, weights_figure
 from chapter_05_resnet_modern_cnn.folding import find_pairs, fold_batchnorm
-from chapter_05_resnet_modern_cnn.mobilenet import V2_CIFAR_BLOCKS, MobileNetV2
+from chapter_05_resnet_modern_cnn.models import build_model
 from chapter_05_resnet_modern_cnn.quantization import METHODS, Observer
 from chapter_05_resnet_modern_cnn.quantized_layers import (
     QUANTIZED,
@@ -39,7 +39,6 @@ from chapter_05_resnet_modern_cnn.quantized_layers import (
     simulated_conv2d,
 )
 from chapter_05_resnet_modern_cnn.recipe import make_optimizer, train_one_epoch
-from chapter_05_resnet_modern_cnn.resnet_cifar import CifarResNet
 from utils import (
     Expectation,
     Result,
@@ -58,14 +57,7 @@ from utils.file_io_util import save_checkpoint
 from utils.timer import alternate, seconds_of
 
 HERE = Path(__file__).resolve().parent
-# 名字 -> (类别数, 通道数, 起始卷积的步长) -> 网络；参数的形状与步长无关
-NETWORKS: dict[str, Callable[[int, int, int], nn.Module]] = {
-    "resnet20": lambda k, c, stride: CifarResNet(20, k, c, stride=stride),
-    "resnet32": lambda k, c, stride: CifarResNet(32, k, c, stride=stride),
-    "mobilenet_v2": lambda k, c, stride: MobileNetV2(
-        k, 1.0, 0.0, c, (16, stride), V2_CIFAR_BLOCKS, 256
-    ),
-}
+NETWORKS = ("resnet20", "resnet32", "mobilenet_v2")
 WEIGHT_DECAY = 5e-4
 SCHEMES = {"per-tensor": False, "per-channel": True}
 BITS = (8, 6, 5, 4, 3, 2)
@@ -84,7 +76,7 @@ SIZES = (
 def obtain(name: str, data: Data, args: argparse.Namespace, device: TorchDevice) -> nn.Module:
     """训练一个网络，或从 ``--weights`` 读入；返回 CPU 上 eval 模式的（部署的目标没有 GPU）。"""
     set_seed(args.seed)
-    model = NETWORKS[name](len(data.class_names), data.shape[0], args.stem_stride)
+    model = build_model(name, len(data.class_names), data.shape, args.stem_stride)
     if args.weights:
         return load_torchvision_weights(model, args.weights).eval()
     model = model.to(device.device, memory_format=torch.channels_last)

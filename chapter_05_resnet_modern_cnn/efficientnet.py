@@ -343,12 +343,14 @@ def efficientnet_v2_s(
     )
 
 
-def efficientnet_cifar(num_classes: int = 10, in_channels: int = 3) -> EfficientNet:
-    """32 像素的形式：B0 的前四段，展开 4 倍，第一个卷积不缩小，32 -> 4。"""
+def efficientnet_cifar(
+    num_classes: int = 10, in_channels: int = 3, stem_stride: int = 1
+) -> EfficientNet:
+    """32 像素的形式：B0 的前四段，展开 4 倍，第一个卷积默认不缩小，32 -> 4。"""
     return EfficientNet(
         CIFAR_STAGES,
         num_classes,
-        stem=(16, 1),
+        stem=(16, stem_stride),
         last_channels=256,
         dropout=0.0,
         stochastic_depth_prob=0.1,

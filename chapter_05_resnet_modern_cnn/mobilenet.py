@@ -114,9 +114,11 @@ def mobilenet_v1(num_classes: int = 1000, width_mult: float = 1.0) -> MobileNetV
     return MobileNetV1(num_classes, width_mult)
 
 
-def mobilenet_v1_cifar(num_classes: int = 10, in_channels: int = 3) -> MobileNetV1:
-    """32 像素的形式：第一个卷积不缩小，6 个块，32 -> 4。"""
-    return MobileNetV1(num_classes, 1.0, in_channels, (16, 1), V1_CIFAR_BLOCKS)
+def mobilenet_v1_cifar(
+    num_classes: int = 10, in_channels: int = 3, stem_stride: int = 1
+) -> MobileNetV1:
+    """32 像素的形式：第一个卷积默认不缩小，6 个块，32 -> 4。"""
+    return MobileNetV1(num_classes, 1.0, in_channels, (16, stem_stride), V1_CIFAR_BLOCKS)
 
 
 # ---------------------------------------------------------------- V2
@@ -218,6 +220,9 @@ def mobilenet_v2(
     return MobileNetV2(num_classes, width_mult, dropout)
 
 
-def mobilenet_v2_cifar(num_classes: int = 10, in_channels: int = 3) -> MobileNetV2:
-    """32 像素的形式：第一个卷积不缩小，6 个倒残差，展开 4 倍，32 -> 4。"""
-    return MobileNetV2(num_classes, 1.0, 0.0, in_channels, (16, 1), V2_CIFAR_BLOCKS, 256)
+def mobilenet_v2_cifar(
+    num_classes: int = 10, in_channels: int = 3, stem_stride: int = 1
+) -> MobileNetV2:
+    """32 像素的形式：第一个卷积默认不缩小，6 个倒残差，展开 4 倍，32 -> 4。"""
+    stem = (16, stem_stride)
+    return MobileNetV2(num_classes, 1.0, 0.0, in_channels, stem, V2_CIFAR_BLOCKS, 256)

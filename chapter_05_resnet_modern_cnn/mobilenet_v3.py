@@ -177,6 +177,8 @@ def mobilenet_v3_small(
     return MobileNetV3(SMALL, 1024, num_classes, width_mult, dropout)
 
 
-def mobilenet_v3_cifar(num_classes: int = 10, in_channels: int = 3) -> MobileNetV3:
-    """32 像素的形式：``small`` 的六个块，略窄，第一个卷积与第一个块不缩小，32 -> 4。"""
-    return MobileNetV3(CIFAR, 256, num_classes, 1.0, 0.0, in_channels, (16, 1))
+def mobilenet_v3_cifar(
+    num_classes: int = 10, in_channels: int = 3, stem_stride: int = 1
+) -> MobileNetV3:
+    """32 像素的形式：``small`` 的六个块，略窄，第一个卷积（默认）与第一个块不缩小，32 -> 4。"""
+    return MobileNetV3(CIFAR, 256, num_classes, 1.0, 0.0, in_channels, (16, stem_stride))

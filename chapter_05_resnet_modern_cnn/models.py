@@ -26,7 +26,7 @@ from utils import UserError
 class Recipe(NamedTuple):
     """一个网络怎样构造、怎样训练。
 
-    ``make(num_classes, in_channels)`` 返回网络；``lr`` 是峰值学习率。
+    ``make(num_classes, in_channels, stem_stride=...)`` 返回网络；``lr`` 是峰值学习率。
     """
 
     make: Callable[..., nn.Module]
@@ -59,11 +59,6 @@ def twin(name: str) -> str | None:
     return plain if plain != name and plain in MODELS else None
 
 
-def is_deep(name: str) -> bool:
-    """是否 ``6n+2`` 层的那一族，起始卷积的步长可选。"""
-    return isinstance(MODELS[name].make, partial) and MODELS[name].make.func is CifarResNet
-
-
 def build_model(
     name: str, num_classes: int, shape: tuple[int, ...], stem_stride: int = 1
 ) -> nn.Module:
@@ -73,14 +68,13 @@ def build_model(
         name: ``MODELS`` 之一。
         num_classes: 类别数。
         shape: 一张图的形状 ``(C, H, W)``。
-        stem_stride: ``6n+2`` 层网络起始卷积的步长；2 时运算量约为四分之一。
+        stem_stride: 起始卷积的步长；2 时各层的边长减半，运算量约为四分之一。
 
     异常:
         UserError: 图太小等不相配之处。
     """
-    options = {"stride": stem_stride} if is_deep(name) else {}
     try:
-        model = MODELS[name].make(num_classes, shape[0], **options)
+        model = MODELS[name].make(num_classes, shape[0], stem_stride=stem_stride)
         with torch.no_grad():  # 送进一张空图：图太小的网络这时就会报错
             model.eval()(torch.zeros(1, *shape))
         return model.train()

@@ -172,6 +172,7 @@ def repvgg_a0(num_classes: int = 1000) -> RepVGG:
     return RepVGG((1, 2, 4, 14, 1), (48, 48, 96, 192, 1280), (2, 2, 2, 2, 2), num_classes)
 
 
-def repvgg_cifar(num_classes: int = 10, in_channels: int = 3) -> RepVGG:
+def repvgg_cifar(num_classes: int = 10, in_channels: int = 3, stem_stride: int = 1) -> RepVGG:
     """32 像素的形式：训练时 553450 个参数，折叠之后 495778 个；边长 32、16、8、4。"""
-    return RepVGG((1, 1, 2, 4, 1), (24, 24, 48, 96, 192), (1, 1, 2, 2, 2), num_classes, in_channels)
+    depths, widths, strides = (1, 1, 2, 4, 1), (24, 24, 48, 96, 192), (stem_stride, 1, 2, 2, 2)
+    return RepVGG(depths, widths, strides, num_classes, in_channels)

@@ -152,8 +152,8 @@ class ResNet(nn.Module):
         width: 第一个阶段的 ``width``，以后逐阶段加倍。
         inner_scale: ``Bottleneck`` 中间层宽度的倍数（Wide ResNet 与 ResNeXt 为 2）。
         groups: ``Bottleneck`` 的分组数。
-        small_stem: 真则起始层为步长 1 的 3×3 卷积、不池化，供 32 像素的小图用；
-            假则为步长 2 的 7×7 卷积加池化，边长先缩到四分之一。
+        small_stem: 给出时，起始层为这个步长的 3×3 卷积、不池化，供 32 像素的小图用；
+            ``None`` 则为步长 2 的 7×7 卷积加池化，边长先缩到四分之一。
         zero_init_residual: 是否用 ``zero_last_gamma`` 初始化。
     """
 
@@ -167,20 +167,20 @@ class ResNet(nn.Module):
         width: int = 64,
         inner_scale: int = 1,
         groups: int = 1,
-        small_stem: bool = False,
+        small_stem: int | None = None,
         zero_init_residual: bool = False,
     ) -> None:
         super().__init__()
         if width < 1 or len(layers) != 4 or min(layers) < 1:
             raise ValueError(f"layers 应为四个正整数，width 至少为 1，实为 {layers} 与 {width}")
-        self.in_channels, self.min_size = in_channels, 1 if small_stem else 32
+        self.in_channels, self.min_size = in_channels, 32 if small_stem is None else small_stem
         self._channels = width  # 下一个块的输入通道数
-        if small_stem:
-            self.conv1 = conv3x3(in_channels, width)
-            self.maxpool = nn.Identity()
-        else:
+        if small_stem is None:
             self.conv1 = nn.Conv2d(in_channels, width, 7, 2, 3, bias=False)
             self.maxpool = nn.MaxPool2d(3, 2, 1)
+        else:
+            self.conv1 = conv3x3(in_channels, width, small_stem)
+            self.maxpool = nn.Identity()
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         options = {} if block is BasicBlock else {"groups": groups}
@@ -256,13 +256,17 @@ def wide_resnet50_2(num_classes: int = 1000, **options: bool) -> ResNet:
 # ---------------------------------------------------------------- 小图
 
 
-def resnet10_cifar(num_classes: int = 10, in_channels: int = 3, width: int = 32) -> ResNet:
+def resnet10_cifar(
+    num_classes: int = 10, in_channels: int = 3, stem_stride: int = 1, width: int = 32
+) -> ResNet:
     """32 像素的 10 层 ResNet：每个阶段一个块，边长 32、16、8、4。"""
-    options = {"in_channels": in_channels, "width": width, "small_stem": True}
+    options = {"in_channels": in_channels, "width": width, "small_stem": stem_stride}
     return ResNet(BasicBlock, (1, 1, 1, 1), num_classes, **options)
 
 
-def resnet18_cifar(num_classes: int = 10, in_channels: int = 3, width: int = 64) -> ResNet:
+def resnet18_cifar(
+    num_classes: int = 10, in_channels: int = 3, stem_stride: int = 1, width: int = 64
+) -> ResNet:
     """32 像素的 18 层 ResNet：每个阶段两个块，边长 32、16、8、4。"""
-    options = {"in_channels": in_channels, "width": width, "small_stem": True}
+    options = {"in_channels": in_channels, "width": width, "small_stem": stem_stride}
     return ResNet(BasicBlock, (2, 2, 2, 2), num_classes, **options)

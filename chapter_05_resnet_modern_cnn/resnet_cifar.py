@@ -122,7 +122,7 @@ class CifarResNet(nn.Module):
         width: 第一个阶段的通道数，论文为 16。
         shortcut: 假则为孪生网络。
         block: ``CifarBlock``、``PreActBlock`` 或 ``SEBlock``。
-        stride: 起始卷积的步长；2 时各阶段的边长减半，运算量约为四分之一。
+        stem_stride: 起始卷积的步长；2 时各阶段的边长减半，运算量约为四分之一。
         zero_init_residual: 是否用 ``zero_last_gamma`` 初始化；通道数改变的块除外。预激活形式
             没有末尾的 γ，不适用。
     """
@@ -136,7 +136,7 @@ class CifarResNet(nn.Module):
         width: int = 16,
         shortcut: bool = True,
         block: type[CifarBlock] = CifarBlock,
-        stride: int = 1,
+        stem_stride: int = 1,
         zero_init_residual: bool = False,
     ) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class CifarResNet(nn.Module):
         if zero_init_residual and (self.preact or not shortcut):
             raise ValueError("zero_init_residual 只适用于有捷径、非预激活的网络")
         self.in_channels = in_channels
-        self.conv1 = conv3x3(in_channels, width, stride)
+        self.conv1 = conv3x3(in_channels, width, stem_stride)
         self.bn1 = nn.BatchNorm2d(4 * width if self.preact else width)
         blocks, channels = [], width
         for stage in range(3):

@@ -30,7 +30,7 @@ if not __package__:  # 直接运行脚本时，把仓库根目录加入模块搜
 from chapter_03_optimization_regularization.averaging import EMA, update_bn
 from chapter_05_resnet_modern_cnn import figures
 from chapter_05_resnet_modern_cnn.data import DATASETS, Data, load_data
-from chapter_05_resnet_modern_cnn.models import MODELS, build_model, is_deep, twin
+from chapter_05_resnet_modern_cnn.models import MODELS, build_model, twin
 from chapter_05_resnet_modern_cnn.recipe import evaluate, make_optimizer, train_one_epoch
 from utils import (
     Expectation,
@@ -210,7 +210,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--stem-stride",
         type=int,
         choices=[1, 2],
-        help="resnetN、plainN 起始卷积的步长（默认 synth-objects 为 2，其余为 1）",
+        help="起始卷积的步长（默认 synth-objects 为 2，其余为 1）",
     )
     add("--augment", choices=["standard", "none"], default="standard", help="裁剪与翻转")
     add("--mixup", type=non_negative_float, default=0.0, metavar="A", help="Beta 参数，0 不用")
@@ -224,8 +224,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     synthetic = args.dataset == "synth-objects"
     args.epochs = args.epochs or EPOCHS.get(args.dataset, 12)
-    if args.stem_stride is not None and not is_deep(args.model):
-        parser.error(f"--stem-stride 只用于 resnetN、plainN、preact_resnetN，不用于 {args.model}")
     args.stem_stride = args.stem_stride or (2 if synthetic else 1)
     if args.against == "auto":
         args.against = (twin(args.model) if synthetic else None) or "none"

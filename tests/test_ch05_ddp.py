@@ -46,20 +46,20 @@ MIXED = ["--mixup", "0.4", "--cutmix", "1", "--ema", "0.9", "--label-smoothing",
 STILL = ["--epochs", "1", "--lr", "1e-9"]  # 六步，权重几乎不动
 
 
-def smooth(num_classes: int, in_channels: int) -> nn.Module:
+def smooth(num_classes: int, in_channels: int, stem_stride: int = 2) -> nn.Module:
     """没有 BatchNorm，也没有随机的层。"""
     return nn.Sequential(
-        nn.Conv2d(in_channels, 8, 5, stride=4),
+        nn.Conv2d(in_channels, 8, 5, stride=2 * stem_stride),
         nn.GELU(),
         nn.Flatten(),
         nn.Linear(8 * 7 * 7, num_classes),
     )
 
 
-def noisy(num_classes: int, in_channels: int) -> nn.Module:
+def noisy(num_classes: int, in_channels: int, stem_stride: int = 2) -> nn.Module:
     """有 BatchNorm，也有各进程各不相同的 dropout。"""
     return nn.Sequential(
-        nn.Conv2d(in_channels, 8, 5, stride=4),
+        nn.Conv2d(in_channels, 8, 5, stride=2 * stem_stride),
         nn.BatchNorm2d(8),
         nn.ReLU(),
         nn.Dropout(0.1),
@@ -249,7 +249,7 @@ def test_reported_score_belongs_to_the_saved_weights(runs: Runs) -> None:
     """两个进程评估的是同一个模型：BatchNorm 的统计量若各用各的，这里就对不上。"""
     (reported,) = load_json(runs.root / "norm" / "metrics.json")["runs"].values()
     data = load_data("synth-objects")
-    model = build_model("noisy", 10, data.shape)
+    model = build_model("noisy", 10, data.shape, 2)
     model.load_state_dict(load_checkpoint(runs.root / "norm" / "noisy.pt"))
     score = recipe.evaluate(model, data.batches("test"), 10, get_device("cpu"))
     assert score.loss == pytest.approx(reported["test_loss"], rel=1e-5)

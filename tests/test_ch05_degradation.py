@@ -172,7 +172,11 @@ def test_relative_gradients_are_the_ones_of_autograd_and_leave_the_model_alone()
 def test_shortcuts_tame_the_growth_of_gradients() -> None:
     x, y = images(32)
     ratio = {}
-    for name, options in (("plain", {"shortcut": False}), ("residual", {}), ("pre", {"block": PreActBlock})):
+    for name, options in (
+        ("plain", {"shortcut": False}),
+        ("residual", {}),
+        ("pre", {"block": PreActBlock}),
+    ):
         found = relative_gradients(small(56, **options), x, y)
         ratio[name] = found[1] / found[-1]
     assert ratio["plain"] > 20 * ratio["residual"] and ratio["plain"] > 20 * ratio["pre"]
@@ -281,7 +285,9 @@ def tiny(monkeypatch) -> None:
 
     def build(name: str, classes: int, shape: tuple[int, ...], stem_stride: int) -> CifarResNet:
         plain = name.startswith("plain")
-        return CifarResNet(8, classes, shape[0], width=4, stride=stem_stride, shortcut=not plain)
+        return CifarResNet(
+            8, classes, shape[0], width=4, stem_stride=stem_stride, shortcut=not plain
+        )
 
     original = degradation.load_data
     monkeypatch.setattr(degradation, "build_model", build)

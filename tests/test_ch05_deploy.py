@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from chapter_05_resnet_modern_cnn import deploy
 from chapter_05_resnet_modern_cnn.exporting import export_program, run_elsewhere
 from chapter_05_resnet_modern_cnn.folding import find_pairs, fold_batchnorm
+from chapter_05_resnet_modern_cnn.models import build_model
 from chapter_05_resnet_modern_cnn.quantized_layers import calibrate, quantize
 from tests.test_ch05_folding import count, randomize
 from utils import make_generator
@@ -95,7 +96,7 @@ def test_export_errors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "pairs"), [("resnet20", 19), ("mobilenet_v2", 19)])
 @torch.no_grad()
 def test_networks_fold_completely(name: str, pairs: int) -> None:
-    model = randomize(deploy.NETWORKS[name](10, 3, 2)).double()
+    model = randomize(build_model(name, 10, (3, 32, 32), 2)).double()
     x = normal(2, 3, 32, 32).double()
     assert len(find_pairs(model, x)) == count(model) == pairs
     folded = fold_batchnorm(model, x)
@@ -142,7 +143,7 @@ def test_arguments() -> None:
 
 def test_user_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = tmp_path / "w.pt"
-    save_checkpoint(weights, deploy.NETWORKS["resnet20"](10, 3, 2).state_dict())
+    save_checkpoint(weights, build_model("resnet20", 10, (3, 32, 32), 2).state_dict())
     cases = {
         "只属于一个网络": ["--weights", str(weights)],
         "找不到文件": ["--weights", str(tmp_path / "none.pt")],

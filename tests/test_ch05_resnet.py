@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from chapter_05_resnet_modern_cnn import resnet as resnet_module
 from chapter_05_resnet_modern_cnn import resnet_cifar
-from chapter_05_resnet_modern_cnn.models import DEPTHS, MODELS, build_model, is_deep, twin
+from chapter_05_resnet_modern_cnn.models import DEPTHS, MODELS, build_model, twin
 from chapter_05_resnet_modern_cnn.resnet import (
     BasicBlock,
     Bottleneck,
@@ -328,7 +328,7 @@ def test_small_stems_keep_the_pixels() -> None:
         assert sides(model, stages) == [(width * 2**i, 32 // 2**i) for i in range(4)]
         assert isinstance(model.maxpool, nn.Identity)
     for stride in (1, 2):
-        model = CifarResNet(20, stride=stride)
+        model = CifarResNet(20, stem_stride=stride)
         ends = [model.blocks[i] for i in (2, 5, 8)]
         expected = [(16 * 2**i, 32 // stride // 2**i) for i in range(3)]
         assert sides(model, ends) == expected
@@ -340,7 +340,6 @@ def test_small_stems_keep_the_pixels() -> None:
 def test_twins_and_depths_of_the_registry() -> None:
     assert twin("resnet32") == "plain32" and twin("resnet110") == "plain110"
     assert [twin(n) for n in ("plain32", "preact_resnet32", "resnet18", "resnet10")] == [None] * 4
-    assert is_deep("preact_resnet20") and not is_deep("resnet18")
 
 
 @pytest.mark.parametrize("name", [n for n in MODELS if "110" not in n and "56" not in n])
@@ -360,6 +359,15 @@ def test_stem_stride_reaches_the_model() -> None:
     assert build_model("resnet20", 10, shape, 2).conv1.stride == (2, 2)
     assert build_model("plain20", 10, shape).conv1.stride == (1, 1)
     assert not build_model("plain20", 10, shape).blocks[0].shortcut
+    for name in MODELS:  # 每个网络都认它：第一个卷积的步长加倍
+        with torch.device("meta"):
+            strides = [first_stride(MODELS[name].make(10, 3, stem_stride=s)) for s in (1, 2)]
+        assert strides[1] == 2 * strides[0], name
+
+
+def first_stride(model: nn.Module) -> int:
+    """第一个卷积的步长。"""
+    return next(m for m in model.modules() if isinstance(m, nn.Conv2d)).stride[0]
 
 
 @pytest.mark.parametrize("depth", [2, 7, 9, 11, 21, 33, -4])
