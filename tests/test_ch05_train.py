@@ -350,6 +350,7 @@ def test_augmentation_is_on_unless_asked_otherwise(tmp_path: Path) -> None:
     assert default == standard and default[0] != none[0]
 
 
+@pytest.mark.script
 @pytest.mark.skipif(not shutil.which("g++"), reason="没有 C++ 编译器")
 def test_compiled_training_is_the_same(tmp_path: Path, tiny: None) -> None:
     MODELS["tiny"] = Recipe(
