@@ -414,3 +414,19 @@ def test_other_ranks_let_rank_zero_report_first(
     assert caught.value.code == 2 and naps == waited
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("错误：")
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("rank", "lines"), [(None, 1), ("0", 1), ("1", 0)])
+def test_only_rank_zero_reports_the_interruption(
+    rank: str | None, lines: int, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as caught:
+        run_main(interrupt)
+    assert caught.value.code == 130
+    assert capsys.readouterr().err.count("已中断") == lines

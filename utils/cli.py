@@ -226,10 +226,11 @@ def run_main(main: Callable[[], Any]) -> NoReturn:
         _print_error(str(error))
         code = EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print(
-            "\n已中断：此前写好的文件与检查点都完好；支持 --resume 的脚本加上它即可继续",
-            file=sys.stderr,
-        )
+        if os.environ.get("RANK", "0") == "0":  # 由 torchrun 启动时，各进程都收到了信号
+            print(
+                "\n已中断：此前写好的文件与检查点都完好；支持 --resume 的脚本加上它即可继续",
+                file=sys.stderr,
+            )
         code = EXIT_INTERRUPTED
     except BrokenPipeError:  # 例如 `python train.py | head`：没有人再读输出，悄悄停下
         code = EXIT_BROKEN_PIPE
