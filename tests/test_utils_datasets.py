@@ -17,6 +17,7 @@ from tests.conftest import write_idx
 from utils import datasets
 from utils.cli import UserError
 from utils.datasets import (
+    SPLITS,
     ImageSet,
     import_torchvision,
     load_images,
@@ -36,7 +37,7 @@ def fingerprints(images: Tensor) -> set[bytes]:
 @pytest.fixture(scope="module")
 def synth() -> dict[str, ImageSet]:
     """三个划分，各取一部分。"""
-    return {split: load_images("synth-digits", split, limit=300) for split in datasets.SPLITS}
+    return {split: load_images("synth-digits", split, limit=300) for split in SPLITS}
 
 
 def test_synth_digits_layout_and_balance(synth: dict[str, ImageSet]) -> None:
@@ -68,6 +69,15 @@ def test_synth_digits_are_deterministic_whatever_the_global_seed(
 def test_synth_digits_splits_do_not_overlap(synth: dict[str, ImageSet]) -> None:
     found = [fingerprints(data.images) for data in synth.values()]
     assert len(set.union(*found)) == sum(map(len, found)) == 900  # 划分内也没有重复的图
+
+
+@pytest.mark.parametrize("name", ["synth-digits", "synth-objects"])
+def test_generators_in_one_state_still_give_different_splits(name: str) -> None:
+    found = [load_images(name, split, generator=make_generator(5), limit=40) for split in SPLITS]
+    seen = [fingerprints(data.images) for data in found]
+    assert not (seen[0] & seen[1] or seen[0] & seen[2] or seen[1] & seen[2])
+    again = load_images(name, "val", generator=make_generator(5), limit=40)
+    assert torch.equal(again.images, found[1].images)
 
 
 def test_synth_digits_default_sizes() -> None:
@@ -263,7 +273,7 @@ def colours(data: ImageSet) -> list[tuple[int, int]]:
 @needs_torchvision
 def test_folder_is_split_8_1_1_without_overlap(tmp_path: Path, write_class_folders) -> None:
     write_class_folders(tmp_path, {"cat": 12, "dog": 9, "emu": 9}, size=(20, 16))
-    sets = {s: load_images("folder", s, tmp_path, image_size=8) for s in datasets.SPLITS}
+    sets = {s: load_images("folder", s, tmp_path, image_size=8) for s in SPLITS}
     assert {s: len(data.images) for s, data in sets.items()} == {"train": 24, "val": 3, "test": 3}
     everything = sorted(item for data in sets.values() for item in colours(data))
     assert everything == [(0, i) for i in range(12)] + [(k, i) for k in (1, 2) for i in range(9)]
@@ -280,7 +290,7 @@ def test_folder_with_train_and_test_carves_validation_from_train(
 ) -> None:
     write_class_folders(tmp_path / "train", {"a": 12, "b": 12})
     write_class_folders(tmp_path / "test", {"a": 2, "b": 1})
-    sets = {s: load_images("folder", s, tmp_path, image_size=8) for s in datasets.SPLITS}
+    sets = {s: load_images("folder", s, tmp_path, image_size=8) for s in SPLITS}
     assert sorted(colours(sets["test"])) == [(0, 0), (0, 1), (1, 0)]
     assert len(sets["val"].images) == 2
     both = colours(sets["train"]) + colours(sets["val"])

@@ -120,7 +120,10 @@ SYNTHETIC = {
 def _load_synthetic(
     name: str, split: str, generator: torch.Generator | None, limit: int | None
 ) -> ImageSet:
-    generator = generator or make_generator(SPLIT_SEED + SPLITS.index(split))
+    seeds = [SPLIT_SEED + index for index in range(len(SPLITS))]
+    if generator is not None:  # 状态相同的生成器，三个划分仍须互不相同
+        seeds = torch.randint(2**62, (len(SPLITS),), generator=generator).tolist()
+    generator = make_generator(seeds[SPLITS.index(split)])
     count = min(SYNTH_SIZES[split], limit or SYNTH_SIZES[split])
     make, class_names = SYNTHETIC[name]
     return ImageSet(*make(count, generator), class_names)
