@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from chapter_03_optimization_regularization.averaging import update_bn
 from chapter_05_resnet_modern_cnn import degradation
 from chapter_05_resnet_modern_cnn.degradation import (
     DEEPER_PLAIN,
@@ -203,6 +205,26 @@ def test_similarity_is_one_for_a_linear_model_and_falls_with_noise() -> None:
     assert flatten(model.state_dict()) == before and model.training
 
 
+def test_similarity_is_the_mean_over_images_taken_one_by_one() -> None:
+    """推理模式：一张图的梯度与同批的其他图无关。"""
+    model, (x, _) = small(), images(6)
+    found = gradient_similarity(model, x, 0.1, make_generator(0))
+    update_bn([(x, x)], model)
+    model.eval()
+    moved = x + 0.1 * x.std() * torch.randn(x.shape, generator=make_generator(0))
+    grads = []
+    for points in (x, moved):
+        ends = [point.unsqueeze(0).requires_grad_() for point in points]
+        scores = [model(end) @ torch.linspace(-1, 1, 10) for end in ends]
+        grads.append(
+            torch.stack(
+                [torch.autograd.grad(*pair)[0].flatten() for pair in zip(scores, ends, strict=True)]
+            )
+        )
+    expected = F.cosine_similarity(*grads).mean().item()
+    assert found == pytest.approx(expected, abs=1e-4) and 0 < found < 1
+
+
 def test_gradients_of_deep_plain_networks_shatter() -> None:
     x, _ = images()
     cosine = {
@@ -300,6 +322,7 @@ ARGS = ["--device", "cpu", "--batch-size", "8", "--epochs", "6", "--out-dir"]
 def test_resume_after_a_kill_is_bit_identical(tiny, tmp_path: Path, monkeypatch) -> None:
     """在第二个网络的半途打断：走完的网络不再训练，其余的接着走。"""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
+    monkeypatch.setattr(degradation, "draw", lambda *rest: {})  # 画图占去一半时间
     expected = degradation.main([*ARGS, str(whole)])
     restore = interrupt_after(monkeypatch, saves=3)
     with pytest.raises(KeyboardInterrupt):
@@ -322,11 +345,11 @@ def test_resume_after_a_kill_is_bit_identical(tiny, tmp_path: Path, monkeypatch)
 def test_every_network_sees_the_same_data_and_the_last_epoch_counts(
     tiny, tmp_path: Path, monkeypatch
 ) -> None:
-    seen: dict[int, list[Tensor]] = {}
+    seen: dict[Any, list[Tensor]] = {}  # 批迭代器 -> 它先后给出的标签
     original = degradation.train_one_epoch
 
     def recorded(run, model, batches, *rest):
-        labels = seen.setdefault(id(batches), [])
+        labels = seen.setdefault(batches, [])
         watched = [(x, labels.append(y) or y) for x, y in batches]
         return original(run, model, watched, *rest)
 
@@ -360,6 +383,15 @@ def test_conclusions_use_the_least_favourable_seed() -> None:
     assert DEEPER_RESNET.learned(0.0) and not DEEPER_RESNET.learned(0.05)
     (alone, *_) = conclusions({name: values[:1] for name, values in errors.items()})
     assert alone.std is None
+
+
+def test_table_is_the_mean_of_the_last_rows() -> None:
+    keys = ("train_loss", "train_error", "val_loss", "val_error")
+    history = [dict.fromkeys(keys, 9.0), dict(zip(keys, (0.5, 0.1, 2.0, 0.4), strict=True))]
+    other = [dict.fromkeys(keys, 9.0), dict(zip(keys, (1.5, 0.3, 4.0, 0.6), strict=True))]
+    group = [degradation.Run(nn.Identity(), [], rows) for rows in (history, other)]
+    shown = degradation.table({"plain20": group}).splitlines()[1].split()
+    assert shown == ["plain20", "1.0000", "20.00%", "3.0000", "50.00%"]
 
 
 def test_options(capsys) -> None:
