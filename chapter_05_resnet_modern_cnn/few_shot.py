@@ -219,7 +219,7 @@ def descend(
 
 
 @torch.no_grad()
-def test_accuracy(model: nn.Module, task: Task, inputs: Inputs) -> float:
+def measured_accuracy(model: nn.Module, task: Task, inputs: Inputs) -> float:
     """测试准确率，评估模式。"""
     model.eval()
     guess = torch.cat([model(x).argmax(dim=1).cpu() for x in inputs.batches(task.test.images)])
@@ -293,5 +293,5 @@ def frozen_in_the_wrong_mode(
         descend(model, images, labels, groups, steps, make_generator(0), inputs)
         after = extract(model.backbone, inputs.batches(images))
         moved = max(moved, ((after - before).norm() / before.norm()).item())
-        scores.append(test_accuracy(model, task, inputs))
+        scores.append(measured_accuracy(model, task, inputs))
     return Drift(moved, *scores)

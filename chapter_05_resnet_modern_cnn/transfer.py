@@ -229,7 +229,7 @@ def fit_probe(
     solver = torch.optim.LBFGS(
         [weight],
         max_iter=500,
-        tolerance_grad=1e-6,
+        tolerance_grad=1e-5,
         tolerance_change=1e-12,
         line_search_fn="strong_wolfe",
     )

@@ -1,0 +1,121 @@
+"""特征从哪里来：当场预训练的小网络、train.py 存下的权重，或 torchvision 的官方权重。
+
+维度约定：``B, C, H, W``。
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from chapter_04_cnn_classic.weights import load_torchvision_weights
+from chapter_05_resnet_modern_cnn import (
+    convnext,
+    densenet,
+    efficientnet,
+    mobilenet,
+    mobilenet_v3,
+    repvgg,
+    resnet,
+)
+from chapter_05_resnet_modern_cnn.data import Data, load_data
+from chapter_05_resnet_modern_cnn.few_shot import Inputs
+from chapter_05_resnet_modern_cnn.models import MODELS, build_model, is_deep
+from chapter_05_resnet_modern_cnn.recipe import evaluate, make_optimizer, train_one_epoch
+from chapter_05_resnet_modern_cnn.transfer import split_head
+from utils import TorchDevice, UserError, make_generator, model_summary, set_seed
+
+DATASETS = ("synth-objects", "cifar10")  # 小网络在哪里预训练
+EPOCHS, BATCH = 5, 128
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision 的约定
+# ImageNet 形式：名字 -> (构造函数, 旧权重文件的改名)；再加一种只添一行
+BACKBONES: dict[str, tuple[Callable[..., nn.Module], Callable | None]] = {
+    "resnet18": (resnet.resnet18, None),
+    "resnet34": (resnet.resnet34, None),
+    "resnet50": (resnet.resnet50, None),
+    "resnet101": (resnet.resnet101, None),
+    "resnext50_32x4d": (resnet.resnext50_32x4d, None),
+    "wide_resnet50_2": (resnet.wide_resnet50_2, None),
+    "densenet121": (densenet.densenet121, densenet.rename_old_keys),
+    "mobilenet_v2": (mobilenet.mobilenet_v2, None),
+    "mobilenet_v3_small": (mobilenet_v3.mobilenet_v3_small, None),
+    "mobilenet_v3_large": (mobilenet_v3.mobilenet_v3_large, None),
+    "efficientnet_b0": (efficientnet.efficientnet_b0, None),
+    "efficientnet_v2_s": (efficientnet.efficientnet_v2_s, None),
+    "convnext_tiny": (convnext.convnext_tiny, None),
+    "repvgg_a0": (repvgg.repvgg_a0, None),
+}
+
+
+class Source(NamedTuple):
+    """预训练的主干、随机的同一结构，与它们的输入；``model`` 与 ``data`` 只在小图时有。"""
+
+    backbone: nn.Module
+    random: nn.Module
+    channels: int
+    inputs: Inputs
+    model: nn.Module | None = None
+    data: Data | None = None
+
+
+def imagenet_source(args: argparse.Namespace, device: TorchDevice) -> Source:
+    """torchvision 的权重；图像用 ImageNet 的统计量归一化。
+
+    异常:
+        UserError: 权重不属于这个网络，或图太小。
+    """
+    make, rename = BACKBONES[args.backbone]
+    set_seed(args.seed)
+    random, channels = split_head(make())
+    model = load_torchvision_weights(make(), args.weights, rename)
+    backbone, _ = split_head(model)
+    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    try:
+        with torch.no_grad():
+            backbone.eval()(torch.zeros(1, 3, args.image_size, args.image_size))
+    except ValueError as error:
+        raise UserError(f"--image-size {args.image_size} 不合 {args.backbone}：{error}") from error
+    inputs = Inputs(mean, std, args.image_size, device.device)
+    return Source(backbone.to(device.device), random.to(device.device), channels, inputs)
+
+
+def pretrain(model: nn.Module, data: Data, args: argparse.Namespace, device: TorchDevice) -> None:
+    """在源域上训练，增强，余弦；就地改动 ``model``。"""
+    recipe, epochs = MODELS[args.model], 1 if args.smoke else EPOCHS
+    batches, steps = data.training(
+        BATCH, make_generator(args.seed), augmented=True, mixup=0, cutmix=0, device=device.device
+    )
+    optimizer, schedule = make_optimizer(
+        model, recipe.optimizer, recipe.lr, recipe.weight_decay, epochs * steps
+    )
+    with tqdm(total=epochs, desc=f"预训练 {args.model}", unit="轮") as bar:
+        for _ in range(epochs):
+            loss = train_one_epoch(model, model, batches, optimizer, schedule, device)
+            bar.set_postfix_str(f"训练损失 {loss:.4f}")
+            bar.update()
+
+
+def small_source(args: argparse.Namespace, device: TorchDevice) -> Source:
+    """小图的网络：读入 train.py 的权重，或当场预训练。"""
+    limit = 256 if args.smoke else None
+    data = load_data(args.source, args.data_dir, download=args.download, limit=limit)
+    stride = 2 if is_deep(args.model) and args.source == "synth-objects" else 1  # 同 train.py
+    shape, classes = data.shape, len(data.class_names)
+    set_seed(args.seed)
+    model = build_model(args.model, classes, shape, stride)
+    random, channels = split_head(model.to(device.device))
+    print(model_summary(model, torch.zeros(1, *shape, device=device.device)).collapsed(1))
+    if args.weights:
+        load_torchvision_weights(model, args.weights)
+    else:
+        pretrain(model, data, args, device)
+    score = evaluate(model, data.batches("test", device=device.device), classes, device)
+    print(f"源域  {args.source}：测试准确率 {100 * score.accuracy:.2f}%")
+    backbone, _ = split_head(model)
+    inputs = Inputs(data.mean, data.std, 32, device.device)
+    return Source(backbone, random, channels, inputs, model.eval(), data)
