@@ -10,14 +10,14 @@ from matplotlib.figure import Figure
 
 from utils.plot import MUTED, PALETTE, new_figure
 
-# 做法 -> (颜色, 线型)；对照用灰
+# 做法 -> (颜色, 线型)；对照用虚线或灰
 LOOKS = {
     "fine-tuning": (PALETTE[1], "-"),
     "linear probe": (PALETTE[0], "-"),
     "head by SGD": (PALETTE[5], "--"),
     "kNN": (PALETTE[2], "-"),
     "from scratch": (PALETTE[6], "-"),
-    "pixels": ("#9CA3AF", "--"),
+    "pixels": (PALETTE[3], "--"),
     "random backbone": ("#9CA3AF", "-"),
 }
 
@@ -25,11 +25,10 @@ LOOKS = {
 def accuracy_figure(
     budgets: Sequence[int], table: Mapping[str, Mapping[str, Sequence]], chance: float
 ) -> Figure:
-    """左：测试准确率随每类标签数的变化（对数轴）；右：准确率与每次要花的秒数。"""
+    """左：测试准确率随每类标签数的变化（对数轴）；右：标签最多时，每次要花的秒数。"""
     figure, grid = new_figure(1, 2, size=(10.4, 4.2), width_ratios=[1.35, 1])
     left, right = grid[0]
     left.set_xscale("log")
-    right.set_xscale("log")
     for name, (color, style) in LOOKS.items():
         if name not in table:
             continue
@@ -40,7 +39,6 @@ def accuracy_figure(
             budgets, y, yerr=spread, fmt=f"o{style}", color=color, label=name, capsize=2.5,
             markersize=4, elinewidth=1,
         )  # fmt: skip
-        right.plot(row["seconds"], y, f"o{style}", color=color, markersize=4, linewidth=1.2)
     left.axhline(100 * chance, color=MUTED, linestyle=":", linewidth=1)
     left.annotate(
         "chance", (budgets[-1], 100 * chance), xytext=(0, -11), textcoords="offset points",
@@ -50,9 +48,17 @@ def accuracy_figure(
     left.minorticks_off()
     left.set(xlabel="labels per class", ylabel="test accuracy (%)", ylim=(0, 101))
     left.set_title("what a few labels buy")
-    right.set(xlabel="seconds per fit, features cached", ylim=(0, 101))
-    right.set_title("what it costs (from few labels to many)")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside right center")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=7)
+    names = sorted(table, key=lambda name: table[name]["seconds"][-1], reverse=True)
+    seconds = [table[name]["seconds"][-1] for name in names]
+    right.barh(names, seconds, color=[LOOKS[name][0] for name in names], height=0.6, log=True)
+    for index, (name, value) in enumerate(zip(names, seconds, strict=True)):
+        text = f" {value:.2g} s, {100 * table[name]['mean'][-1]:.1f}%"
+        right.text(value, index, text, va="center", fontsize=8.5)
+    right.set_xlim(min(seconds) / 3, max(seconds) * 40)
+    right.grid(axis="y", visible=False)
+    right.set(xlabel="seconds per fit, features cached")
+    right.set_title(f"cost and accuracy, {budgets[-1]} labels per class")
     return figure
 
 
