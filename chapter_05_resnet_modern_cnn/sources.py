@@ -31,7 +31,7 @@ from chapter_05_resnet_modern_cnn.transfer import split_head
 from utils import TorchDevice, UserError, make_generator, model_summary, set_seed
 
 DATASETS = ("synth-objects", "cifar10")  # 小网络在哪里预训练
-EPOCHS, BATCH = 5, 128
+EPOCHS, BATCH = 6, 128
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision 的约定
 # ImageNet 形式：名字 -> (构造函数, 旧权重文件的改名)；再加一种只添一行
 BACKBONES: dict[str, tuple[Callable[..., nn.Module], Callable | None]] = {
