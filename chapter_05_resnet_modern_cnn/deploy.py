@@ -28,7 +28,7 @@ from chapter_05_resnet_modern_cnn.data import DATASETS, Data, load_data
 from chapter_05_resnet_modern_cnn.exporting import export_program, run_elsewhere
 from chapter_05_resnet_modern_cnn.figures_deploy import accuracy_figure, weights_figure
 from chapter_05_resnet_modern_cnn.folding import find_pairs, fold_batchnorm
-from chapter_05_resnet_modern_cnn.models import build_model
+from chapter_05_resnet_modern_cnn.models import build_model, usual_stem_stride
 from chapter_05_resnet_modern_cnn.quantization import METHODS, Observer
 from chapter_05_resnet_modern_cnn.quantized_layers import (
     QUANTIZED,
@@ -311,7 +311,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.weights and len(args.models) != 1:
         parser.error("--weights 只属于一个网络：请以 --models 指明是哪一个")
-    args.stem_stride = args.stem_stride or (2 if args.dataset == "synth-objects" else 1)
+    args.stem_stride = args.stem_stride or usual_stem_stride(args.dataset)
     if args.smoke:
         args.epochs, args.models = 1, args.models[-1:]
     if args.out_dir == HERE / "outputs":

@@ -59,6 +59,11 @@ def twin(name: str) -> str | None:
     return plain if plain != name and plain in MODELS else None
 
 
+def usual_stem_stride(dataset: str) -> int:
+    """起始卷积的步长：合成物体的轮廓缩一半仍看得清，省去四分之三的运算；别的不缩。"""
+    return 2 if dataset == "synth-objects" else 1
+
+
 def build_model(
     name: str, num_classes: int, shape: tuple[int, ...], stem_stride: int = 1
 ) -> nn.Module:

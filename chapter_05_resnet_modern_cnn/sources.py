@@ -25,7 +25,7 @@ from chapter_05_resnet_modern_cnn import (
 )
 from chapter_05_resnet_modern_cnn.data import Data, load_data
 from chapter_05_resnet_modern_cnn.few_shot import Inputs
-from chapter_05_resnet_modern_cnn.models import MODELS, build_model, is_deep
+from chapter_05_resnet_modern_cnn.models import MODELS, build_model, usual_stem_stride
 from chapter_05_resnet_modern_cnn.recipe import evaluate, make_optimizer, train_one_epoch
 from chapter_05_resnet_modern_cnn.transfer import split_head
 from utils import TorchDevice, UserError, make_generator, model_summary, set_seed
@@ -104,10 +104,9 @@ def small_source(args: argparse.Namespace, device: TorchDevice) -> Source:
     """小图的网络：读入 train.py 的权重，或当场预训练。"""
     limit = 256 if args.smoke else None
     data = load_data(args.source, args.data_dir, download=args.download, limit=limit)
-    stride = 2 if is_deep(args.model) and args.source == "synth-objects" else 1  # 同 train.py
     shape, classes = data.shape, len(data.class_names)
     set_seed(args.seed)
-    model = build_model(args.model, classes, shape, stride)
+    model = build_model(args.model, classes, shape, usual_stem_stride(args.source))
     random, channels = split_head(model.to(device.device))
     print(model_summary(model, torch.zeros(1, *shape, device=device.device)).collapsed(1))
     if args.weights:

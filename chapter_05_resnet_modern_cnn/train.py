@@ -30,7 +30,7 @@ if not __package__:  # 直接运行脚本时，把仓库根目录加入模块搜
 from chapter_03_optimization_regularization.averaging import EMA, update_bn
 from chapter_05_resnet_modern_cnn import figures
 from chapter_05_resnet_modern_cnn.data import DATASETS, Data, load_data
-from chapter_05_resnet_modern_cnn.models import MODELS, build_model, twin
+from chapter_05_resnet_modern_cnn.models import MODELS, build_model, twin, usual_stem_stride
 from chapter_05_resnet_modern_cnn.recipe import evaluate, make_optimizer, train_one_epoch
 from utils import (
     Expectation,
@@ -224,7 +224,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     synthetic = args.dataset == "synth-objects"
     args.epochs = args.epochs or EPOCHS.get(args.dataset, 12)
-    args.stem_stride = args.stem_stride or (2 if synthetic else 1)
+    args.stem_stride = args.stem_stride or usual_stem_stride(args.dataset)
     if args.against == "auto":
         args.against = (twin(args.model) if synthetic else None) or "none"
     if args.smoke:
