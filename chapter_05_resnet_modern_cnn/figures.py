@@ -72,3 +72,20 @@ def gallery_figure(images: np.ndarray, names: Sequence[str]) -> Figure:
     for spine in axes[0, 0].spines.values():
         spine.set_visible(False)
     return figure
+
+
+def ablation_figure(scores: Mapping[str, Sequence[float]]) -> Figure:
+    """各种做法的验证准确率：每个种子一个空心点，平均是实心的；竖线是第一种做法的平均。"""
+    figure, axes = new_figure(size=(7.2, 0.38 * len(scores) + 1.2))
+    axis = axes[0, 0]
+    base = 100 * np.mean(next(iter(scores.values())))
+    axis.axvline(base, color="0.6", linestyle="--", linewidth=1)
+    for row, values in enumerate(scores.values()):
+        percent = 100 * np.array(values)
+        axis.scatter(percent, [row] * len(percent), s=28, facecolors="none", edgecolors="C0")
+        axis.scatter(percent.mean(), row, s=60, color="C0" if percent.mean() >= base else "C3")
+    axis.set_yticks(range(len(scores)), list(scores))
+    axis.invert_yaxis()
+    axis.set_xlabel("validation accuracy (%)")
+    axis.set_title("one change at a time")
+    return figure

@@ -49,7 +49,8 @@ MODELS: dict[str, Recipe] = {
     "mobilenet_v3": Recipe(mobilenet_v3_cifar),
     "efficientnet": Recipe(efficientnet_cifar),
     "repvgg": Recipe(repvgg_cifar),
-    "convnext": Recipe(convnext_cifar, "adamw", 2e-3, 0.05),
+    # 轮数少，块从 0.1 而不是 1e-6 的份量起步，验证准确率高六个百分点（五轮）
+    "convnext": Recipe(partial(convnext_cifar, layer_scale=0.1), "adamw", 2e-3, 0.05),
 }
 
 
