@@ -47,7 +47,7 @@ from utils.cli import ArgumentParser, positive_int
 HERE = Path(__file__).resolve().parent
 DATASET, MODEL, BATCH = "synth-objects", "resnet20", 128
 BN_BATCHES = 20  # 权重平均之后，用多少批训练数据重算 BatchNorm 的统计量
-LIMIT = 512  # 张，--smoke 时每个划分的图数
+LIMIT = 256  # 张，--smoke 时每个划分的图数
 
 
 class Arm(NamedTuple):

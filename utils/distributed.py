@@ -16,6 +16,7 @@ import pickle
 import signal
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,6 +106,8 @@ def _start(backend: str, **where: Any) -> None:
     # 它的缺省参数会捉住当时的进程组；若在建组之后才（被优化器、DDP 间接地）导入，退出时组就放不掉
     import torch.distributed.nn
 
+    # 逐通道卷积的核有一维是 1，那一维的步长是多少都一样，DDP 却要为此提醒
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     torch.set_num_threads(1)
     dist.init_process_group(backend, **where)
 
