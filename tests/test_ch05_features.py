@@ -131,9 +131,7 @@ def knn_naive(features, labels, queries, k, classes, temperature):
     """照定义逐个算。"""
     votes = torch.zeros(len(queries), classes, dtype=queries.dtype)
     for q, query in enumerate(queries):
-        cosines = [
-            float(query @ f / (query.norm() * f.norm())) for f in features
-        ]  # 与每个有标签的样本
+        cosines = [float(query @ f / (query.norm() * f.norm())) for f in features]
         for i in sorted(range(len(features)), key=lambda i: -cosines[i])[:k]:
             votes[q, labels[i]] += math.exp((cosines[i] - 1) / temperature)
     return votes
