@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -32,7 +33,11 @@ if not __package__:  # 直接运行脚本时，把仓库根目录加入模块搜
 
 from chapter_05_resnet_modern_cnn import figures_degradation as figures
 from chapter_05_resnet_modern_cnn.data import Data, load_data
-from chapter_05_resnet_modern_cnn.gradient_flow import gradient_similarity, relative_gradients
+from chapter_05_resnet_modern_cnn.gradient_flow import (
+    gradient_similarity,
+    open_path,
+    relative_gradients,
+)
 from chapter_05_resnet_modern_cnn.lesions import random_lesions, removable, without_blocks
 from chapter_05_resnet_modern_cnn.models import build_model
 from chapter_05_resnet_modern_cnn.recipe import evaluate, make_optimizer, train_one_epoch
@@ -71,7 +76,14 @@ class Run(NamedTuple):
 
     model: nn.Module
     start: list[float]  # 初始化时各卷积的相对梯度
+    growth: list[float]  # 训练使各卷积的长度变为几倍
     history: list[dict[str, Any]]
+
+
+def lengths(model: nn.Module) -> Tensor:
+    """各卷积的 ``‖W‖``。"""
+    convs = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    return torch.stack([conv.weight.detach().norm() for conv in convs])
 
 
 def probe(data: Data, device: TorchDevice) -> tuple[Tensor, Tensor]:
@@ -87,7 +99,7 @@ def train_network(
     classes = len(data.class_names)
     model = build_model(name, classes, data.shape, stem_stride=2).to(device.device)
     x, y = probe(data, device)
-    start = relative_gradients(model, x, y)
+    start, length = relative_gradients(model, x, y), lengths(model)
     generator = make_generator(seed)  # 四个网络看到的数据次序逐批相同
     batches = data.batches("train", args.batch_size, generator, device=device.device)
     steps = args.epochs * len(batches)
@@ -112,7 +124,7 @@ def train_network(
                 f"训练错误率 {100 * row['train_error']:.1f}% 验证 {100 * row['val_error']:.1f}%"
             )
             bar.update()
-    return Run(model, start, state.history)
+    return Run(model, start, (lengths(model) / length).tolist(), state.history)
 
 
 # 这些参数不同，就不是同一次训练，不能续
@@ -132,6 +144,26 @@ def similarities(data: Data, seed: int, device: TorchDevice) -> dict[str, list[f
         model = model.to(device.device)
         found[name] = [gradient_similarity(model, x, e, make_generator(seed)) for e in NOISES]
     return found
+
+
+def open_shares(data: Data, seed: int, device: TorchDevice) -> list[float]:
+    """初始化时，resnet56 的每个阶段里，直路上各个 ReLU 都放行的位置占多少。
+
+    每个阶段从形状改变的一块之后算起。
+    """
+    x = probe(data, device)[0]
+    set_seed(seed)
+    model = build_model("resnet56", len(data.class_names), data.shape, stem_stride=2)
+    model = model.to(device.device)
+    shares, safe = [], removable(model)
+    with torch.no_grad():
+        x = F.relu(model.bn1(model.conv1(x)))
+        for keeps, indices in itertools.groupby(range(len(model.blocks)), key=safe.__contains__):
+            stage = model.blocks[(indices := list(indices))[0] : indices[-1] + 1]
+            if keeps:
+                shares.append(open_path(stage, x).float().mean().item())
+            x = stage(x)
+    return shares
 
 
 def lesions(models: Mapping[str, nn.Module], data: Data, device: TorchDevice) -> dict[str, dict]:
@@ -207,12 +239,15 @@ def conclusions(errors: Mapping[str, Sequence[float]]) -> list[Result]:
 
 
 def table(runs: Mapping[str, Sequence[Run]]) -> str:
-    """最后一轮的得分：各种子的平均。"""
+    """最后一轮的得分，与长得最多的卷积变为几倍；都是各种子的平均。"""
     keys = ("train_loss", "train_error", "val_loss", "val_error")
-    lines = ["网络        训练损失  训练错误率  验证损失  验证错误率（各种子的平均）"]
+    lines = ["网络        训练损失  训练错误率  验证损失  验证错误率  卷积最多长到（各种子的平均）"]
     for name, group in runs.items():
         a, b, c, d = (np.mean([run.history[-1][key] for run in group]) for key in keys)
-        lines.append(f"{name:10s}  {a:8.4f}  {100 * b:9.2f}%  {c:8.4f}  {100 * d:9.2f}%")
+        longest = np.mean([max(run.growth) for run in group])
+        lines.append(
+            f"{name:10s}  {a:8.4f}  {100 * b:9.2f}%  {c:8.4f}  {100 * d:9.2f}%  {longest:9.1f} 倍"
+        )
     return "\n".join(lines)
 
 
@@ -267,9 +302,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 runs[name].append(train_network(name, seed, data, args, device, folder))
         timer.lap("训练")
         similarity = similarities(data, args.seed, device)
+        shares = open_shares(data, args.seed, device)
         cut = lesions({name: runs[name][0].model for name in LESIONED}, data, device)
         timer.lap("测量")
     print(table(runs))
+    listed = "、".join(f"{100 * share:.1f}%" for share in shares)
+    print(f"直路  resnet56 初始化时，三个阶段里各个 ReLU 都放行的位置：{listed}")
     errors = {name: [r.history[-1]["train_error"] for r in group] for name, group in runs.items()}
     return conclude(
         out_dir,
@@ -279,10 +317,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         figures=draw(runs, similarity, cut, 1 - 1 / classes),
         errors=errors,
         runs={
-            name: [{"start": run.start, "history": run.history} for run in group]
-            for name, group in runs.items()
+            name: [run._asdict() | {"model": name} for run in group] for name, group in runs.items()
         },
         similarity=similarity,
+        open_shares=shares,
         lesions=cut,
         laps=timer.laps,
     )

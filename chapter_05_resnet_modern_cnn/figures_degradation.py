@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from utils.plot import MUTED, PALETTE, new_figure
 
@@ -50,7 +51,7 @@ def training_figure(
         for name, values in errors.items():
             _band(axes, epochs, 100 * values, name)
         axes.axhline(100 * chance, color=MUTED, linestyle=":", linewidth=1)
-        axes.set(xlabel="epoch", title=title, xlim=(0, epochs[-1]), ylim=(0, 100))
+        axes.set(xlabel="epoch", title=title, xlim=(0, epochs[-1]), ylim=(-2, 100))
     grid[0, 0].annotate(
         "chance", (0.01, 100 * chance), xycoords=("axes fraction", "data"),
         xytext=(0, 3), textcoords="offset points", fontsize=8, color=MUTED,
@@ -75,12 +76,12 @@ def gradient_figure(
         similarity: 网络 -> 各噪声下的平均余弦。
     """
     figure, grid = new_figure(1, 3, size=(12.4, 3.6))
+    grid[0, 1].sharey(grid[0, 0])
     titles = ("at initialization", f"after {epoch} epochs")
     for axes, runs, title in zip(grid[0], (start, later), titles, strict=False):
         for name, values in runs.items():
             axes.plot(range(1, len(values) + 1), values, label=name, **LOOKS[name])
         axes.set(xlabel="convolution, shallow to deep", yscale="log", title=title)
-    grid[0, 1].sharey(grid[0, 0])
     grid[0, 0].set_ylabel(r"$\Vert\partial L/\partial W\Vert\,/\,\Vert W\Vert$")
     axes = grid[0, 2]
     for name, values in similarity.items():
@@ -118,8 +119,9 @@ def lesion_figure(cut: Mapping[str, Mapping[str, Any]], chance: float) -> Figure
         axes.grid(axis="x", visible=False)
         _band(last, found["counts"], 100 * np.array(found["several"]), name)
     for axes in grid[0]:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.axhline(100 * chance, color=MUTED, linestyle=":", linewidth=1)
-    last.set(xlabel="number of blocks removed", title="several at random")
+    last.set(xlabel="number of blocks removed", title="several at random", xlim=(0, None))
     last.legend(loc="lower right")
     grid[0, 0].set_ylabel("training error (%)")
     return figure

@@ -336,7 +336,7 @@ def test_resume_after_a_kill_is_bit_identical(tiny, tmp_path: Path, monkeypatch)
     for name in degradation.NETWORKS:
         path = f"checkpoints_{name}_0/step_00000002.pt"
         assert flatten(load_checkpoint(whole / path)) == flatten(load_checkpoint(cut / path))
-    for key in ("runs", "errors", "lesions", "similarity"):
+    for key in ("runs", "errors", "lesions", "similarity", "open_shares"):
         assert resumed[key] == expected[key]
     with pytest.raises(UserError, match=r"lr 原为 0\.03 今为 0\.1"):
         degradation.main([*ARGS, str(cut), "--resume", "--lr", "0.1"])
@@ -363,7 +363,7 @@ def test_every_network_sees_the_same_data_and_the_last_epoch_counts(
     for name, group in metrics["runs"].items():
         assert [row["epoch"] for row in group[0]["history"]] == [3, 6]
         assert metrics["errors"][name] == [run["history"][-1]["train_error"] for run in group]
-        assert len(group[0]["start"]) == 7
+        assert len(group[0]["start"]) == len(group[0]["growth"]) == 7
     assert metrics["lesions"]["resnet20"]["intact"] == metrics["errors"]["resnet20"][0]
 
 
@@ -389,9 +389,12 @@ def test_table_is_the_mean_of_the_last_rows() -> None:
     keys = ("train_loss", "train_error", "val_loss", "val_error")
     history = [dict.fromkeys(keys, 9.0), dict(zip(keys, (0.5, 0.1, 2.0, 0.4), strict=True))]
     other = [dict.fromkeys(keys, 9.0), dict(zip(keys, (1.5, 0.3, 4.0, 0.6), strict=True))]
-    group = [degradation.Run(nn.Identity(), [], rows) for rows in (history, other)]
+    group = [
+        degradation.Run(nn.Identity(), [], [1.0, k], rows)
+        for k, rows in ((2.0, history), (5.0, other))
+    ]
     shown = degradation.table({"plain20": group}).splitlines()[1].split()
-    assert shown == ["plain20", "1.0000", "20.00%", "3.0000", "50.00%"]
+    assert shown == ["plain20", "1.0000", "20.00%", "3.0000", "50.00%", "3.5", "倍"]
 
 
 def test_options(capsys) -> None:
