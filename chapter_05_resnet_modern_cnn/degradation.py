@@ -221,7 +221,7 @@ DEEPER_PLAIN = Expectation(
     "plain56 − plain20 训练错误率", 0.0, (0.4, 0.9), percent=True, learning=False
 )
 DEEPER_RESNET = Expectation(
-    "resnet56 − resnet20 训练错误率", 0.9, (-0.02, 0.01), percent=True, learning=False
+    "resnet56 − resnet20 训练错误率", 0.0, (-0.02, 0.01), percent=True, learning=False
 )
 
 

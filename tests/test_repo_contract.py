@@ -40,6 +40,8 @@ NOT_CONCEPTS = {"train", "demo", "benchmark", "data", "tasks", "showcase", "demo
     "scenes",
     "models",
     "fitting",
+    "few_shot",
+    "sources",
 }
 ENTRIES = {"train", "demo", "benchmark"}  # 箭头的起点，没有人导入它们
 
