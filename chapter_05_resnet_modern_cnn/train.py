@@ -187,7 +187,7 @@ def train_and_test(
 
 # ---------------------------------------------------------------- 入口
 
-EPOCHS = {"synth-objects": 7}  # 其余 12 轮
+EPOCHS = {"synth-objects": 7}  # 其余 10 轮
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -223,7 +223,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--image-size", type=positive_int, default=32, metavar="N", help="folder 的边长，像素")
     args = parser.parse_args(argv)
     synthetic = args.dataset == "synth-objects"
-    args.epochs = args.epochs or EPOCHS.get(args.dataset, 12)
+    args.epochs = args.epochs or EPOCHS.get(args.dataset, 10)
     args.stem_stride = args.stem_stride or usual_stem_stride(args.dataset)
     if args.against == "auto":
         args.against = (twin(args.model) if synthetic else None) or "none"
