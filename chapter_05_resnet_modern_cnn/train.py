@@ -1,7 +1,7 @@
 """训练 ResNet 与现代 CNN；同一个脚本可在一个进程、几个进程、CPU 或 GPU 上运行。
 
     python train.py                                     # resnet32 与去掉捷径的孪生网络，合成物体
-    python train.py --model resnet18 --dataset folder --data-dir DIR --amp --channels-last
+    python train.py --model resnet10 --dataset folder --data-dir DIR --amp --channels-last
     torchrun --nproc-per-node 2 train.py --model resnet20
 
 多进程时 ``--batch-size`` 是各进程合计的；每个进程的 BatchNorm 用自己那一份的统计量，滑动统计量在
@@ -187,7 +187,7 @@ def train_and_test(
 
 # ---------------------------------------------------------------- 入口
 
-EPOCHS = {"synth-objects": 7}  # 其余 10 轮
+EPOCHS = {"synth-objects": 7}  # 其余 20 轮
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -223,7 +223,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--image-size", type=positive_int, default=32, metavar="N", help="folder 的边长，像素")
     args = parser.parse_args(argv)
     synthetic = args.dataset == "synth-objects"
-    args.epochs = args.epochs or EPOCHS.get(args.dataset, 10)
+    args.epochs = args.epochs or EPOCHS.get(args.dataset, 20)
     args.stem_stride = args.stem_stride or usual_stem_stride(args.dataset)
     if args.against == "auto":
         args.against = (twin(args.model) if synthetic else None) or "none"
