@@ -187,7 +187,7 @@ def train_and_test(
 
 # ---------------------------------------------------------------- 入口
 
-EPOCHS = {"synth-objects": 7}  # 其余 20 轮
+EPOCHS = {"synth-objects": 6}  # 其余 20 轮
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
