@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from chapter_05_resnet_modern_cnn import resnet, resnet_cifar
 from chapter_05_resnet_modern_cnn import resnet as resnet_module
-from chapter_05_resnet_modern_cnn import resnet_cifar
 from chapter_05_resnet_modern_cnn.models import DEPTHS, MODELS, build_model, twin
 from chapter_05_resnet_modern_cnn.resnet import (
     BasicBlock,
@@ -28,7 +29,7 @@ from chapter_05_resnet_modern_cnn.resnet_cifar import (
     PreActBlock,
 )
 from tests.parity import assert_equal, normal
-from utils import UserError, count_parameters, make_generator
+from utils import REPO_ROOT, UserError, count_parameters, make_generator, model_summary
 
 needs_torchvision = pytest.mark.usefixtures("needs_torchvision")
 
@@ -404,3 +405,14 @@ def test_wrong_images(make: Callable[[], nn.Module], shape: tuple[int, ...], wor
 def test_build_model_explains_in_one_line() -> None:
     with pytest.raises(UserError, match="--model resnet20 与数据不相配：CifarResNet 的输入"):
         build_model("resnet20", 2, (3, 6, 6))
+
+
+def test_costs_in_the_readme() -> None:
+    """README 的表：每个 ImageNet 形式的参数与 224 像素的乘加。"""
+    text = (REPO_ROOT / "chapter_05_resnet_modern_cnn" / "README.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(\w+)\(\)` \|.*\| (\d+) \| (\d+) \|$", text, re.M)
+    assert len(rows) == 7
+    with torch.device("meta"):
+        for name, params, macs in rows:
+            summary = model_summary(getattr(resnet, name)(), torch.zeros(1, 3, 224, 224))
+            assert (summary.total_params, summary.total_macs) == (int(params), int(macs)), name
