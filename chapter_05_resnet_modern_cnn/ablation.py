@@ -14,12 +14,8 @@ import itertools
 import statistics
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import torch
 
 if not __package__:  # 直接运行脚本时，把仓库根目录加入模块搜索路径
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -43,6 +39,7 @@ from utils import (
     set_seed,
 )
 from utils.cli import ArgumentParser, positive_int
+from utils.distributed import run_parallel
 
 HERE = Path(__file__).resolve().parent
 DATASET, MODEL, BATCH = "synth-objects", "resnet20", 128
@@ -80,7 +77,6 @@ ARMS = {
 
 def train(arm: Arm, epochs: int, seed: int, limit: int | None) -> float:
     """按一种做法训练一遍，返回最后一轮的验证准确率；在子进程里运行。"""
-    torch.set_num_threads(1)
     data, device = load_data(DATASET, limit=limit), get_device("cpu")
     set_seed(seed)
     model = build_model(MODEL, len(data.class_names), data.shape, usual_stem_stride(DATASET))
@@ -114,7 +110,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--jobs", type=positive_int, default=2, metavar="N", help="同时训练几个，各用一个线程")
     args = parser.parse_args(argv)
     if args.smoke:
-        args.epochs, args.seeds = 1, 1
+        args.epochs, args.seeds, args.jobs = 1, 1, 1
     return args
 
 
@@ -125,13 +121,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     limit = LIMIT if args.smoke else None
     seeds = range(args.seed, args.seed + args.seeds)
     scores: dict[str, list[float]] = {}
-    with Timer() as timer, ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
-        futures = {
-            name: [pool.submit(train, arm, args.epochs, seed, limit) for seed in seeds]
-            for name, arm in ARMS.items()
-        }
-        for name, pending in futures.items():
-            scores[name] = [future.result() for future in pending]
+    tasks = [(arm, args.epochs, seed, limit) for arm in ARMS.values() for seed in seeds]
+    with Timer() as timer:
+        found = run_parallel(train, tasks, args.jobs)
+        for name in ARMS:
+            scores[name] = [next(found) for _ in seeds]
             gap, spread = differences(scores[name], scores["baseline"])
             mean = statistics.fmean(scores[name])
             print(

@@ -5,8 +5,8 @@
 
 训练集很小、不增强，因此每个网络都应当能把它背下来：背不下来的，只能怪优化。另量三件事：每层的
 梯度与邻近输入的梯度（``gradient_flow.py``），以及训练之后拆掉几个块的误差（``lesions.py``）。
-只看训练集与验证集；没有挑选任何东西，取的都是最后一轮。被杀掉之后加 ``--resume``，已经走完的
-轮次不重来，结果逐位相同（CPU 上）。
+只看训练集与验证集；没有挑选任何东西，取的都是最后一轮。两个两个地并行，各用一个线程。被杀掉之后
+加 ``--resume``，已经走完的轮次不重来，结果逐位相同（CPU 上）。
 
 维度约定：``B, C, H, W``。
 
@@ -56,6 +56,7 @@ from utils import (
     set_seed,
 )
 from utils.cli import ArgumentParser, positive_int
+from utils.distributed import run_parallel
 from utils.resume import TrainingState
 
 HERE = Path(__file__).resolve().parent
@@ -107,23 +108,17 @@ def train_network(
     config = {key: getattr(args, key) for key in CONFIG_KEYS} | {"model": name, "seed": seed}
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     state = TrainingState(folder, config, generator, resume=args.resume, **parts)
-    rounds = args.epochs // EVERY
-    with tqdm(total=rounds, initial=state.epoch, desc=f"{name} 种子 {seed}", unit="次") as bar:
-        while state.epoch < rounds:
-            for _ in range(EVERY):
-                train_one_epoch(model, model, batches, optimizer, schedule, device)
-            scores = {
-                split: evaluate(model, data.batches(split, device=device.device), classes, device)
-                for split in ("train", "val")
-            }
-            row = {"epoch": EVERY * (state.epoch + 1), "gradients": relative_gradients(model, x, y)}
-            for split, score in scores.items():
-                row |= {f"{split}_loss": score.loss, f"{split}_error": 1 - score.accuracy}
-            state.record(row, row["train_error"], higher_is_better=False)
-            bar.set_postfix_str(
-                f"训练错误率 {100 * row['train_error']:.1f}% 验证 {100 * row['val_error']:.1f}%"
-            )
-            bar.update()
+    while state.epoch < args.epochs // EVERY:
+        for _ in range(EVERY):
+            train_one_epoch(model, model, batches, optimizer, schedule, device)
+        scores = {
+            split: evaluate(model, data.batches(split, device=device.device), classes, device)
+            for split in ("train", "val")
+        }
+        row = {"epoch": EVERY * (state.epoch + 1), "gradients": relative_gradients(model, x, y)}
+        for split, score in scores.items():
+            row |= {f"{split}_loss": score.loss, f"{split}_error": 1 - score.accuracy}
+        state.record(row, row["train_error"], higher_is_better=False)
     return Run(model, start, (lengths(model) / length).tolist(), state.history)
 
 
@@ -169,7 +164,8 @@ def open_shares(data: Data, seed: int, device: TorchDevice) -> list[float]:
 def lesions(models: Mapping[str, nn.Module], data: Data, device: TorchDevice) -> dict[str, dict]:
     """逐块拆除、随机拆掉若干块之后的训练错误率。
 
-    用训练集（头 ``EVAL_BATCH`` 张）：完好的网络在它上面几乎不出错，错误都来自拆除。
+    用训练集的头 500 张（``data.EVAL_BATCH``，恰好一批）：完好的网络在它上面几乎不出错，错误都
+    来自拆除。
     """
     classes = len(data.class_names)
 
@@ -203,13 +199,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser, out_dir=HERE / "outputs", epochs=27, batch_size=32, lr=0.03, resume=True
     )
     parser.add_argument("--seeds", type=positive_int, default=1, metavar="N", help="种子的个数")
+    add = parser.add_argument
+    add("--jobs", type=positive_int, default=2, metavar="N", help="同时训练几个，各用一个线程")
     args = parser.parse_args(argv)
     if args.epochs % EVERY:
         parser.error(f"--epochs {args.epochs} 应为 {EVERY} 的倍数：每 {EVERY} 轮测量一次")
     if args.batch_size > IMAGES:
         parser.error(f"--batch-size {args.batch_size} 超过训练集的 {IMAGES} 张：请减小")
     if args.smoke:
-        args.epochs, args.seeds = EVERY, 1
+        args.epochs, args.seeds, args.jobs = EVERY, 1, 1
     if args.out_dir == HERE / "outputs":  # 各次运行各放一处，互不冲掉
         args.out_dir /= "degradation_smoke" if args.smoke else "degradation"
     return args
@@ -287,6 +285,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
     out_dir = prepare_out_dir(args.out_dir)
     device = get_device(args.device)
+    torch.set_num_threads(1)  # 结果与核的多少无关
     print(f"设备  {device.describe()}")
     with Timer(device) as timer:
         data = load_data("synth-objects", limit=64 if args.smoke else IMAGES)
@@ -296,10 +295,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         print(model_summary(deepest, torch.zeros(1, *data.shape)).collapsed(1))
         print("\n".join(e.announce() for e in (EXPECTED, DEEPER_PLAIN, DEEPER_RESNET)))
         runs: dict[str, list[Run]] = {name: [] for name in NETWORKS}
-        for seed in range(args.seed, args.seed + args.seeds):
-            for name in NETWORKS:
-                folder = out_dir / f"checkpoints_{name}_{seed}"
-                runs[name].append(train_network(name, seed, data, args, device, folder))
+        seeds = range(args.seed, args.seed + args.seeds)
+        tasks = [
+            (name, seed, data, args, device, out_dir / f"checkpoints_{name}_{seed}")
+            for seed in seeds
+            for name in reversed(NETWORKS)  # 最慢的先开始
+        ]
+        trainings = tqdm(run_parallel(train_network, tasks, args.jobs), total=len(tasks))
+        for (name, seed, *_), run in zip(tasks, trainings, strict=True):
+            runs[name].append(run)
+            error = 100 * run.history[-1]["train_error"]
+            tqdm.write(f"{name} 种子 {seed}：训练错误率 {error:.1f}%")
         timer.lap("训练")
         similarity = similarities(data, args.seed, device)
         shares = open_shares(data, args.seed, device)

@@ -14,9 +14,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +43,7 @@ from utils import (
     set_seed,
 )
 from utils.cli import ArgumentParser, positive_int
+from utils.distributed import run_parallel
 from utils.timer import alternate, seconds_of
 
 HERE = Path(__file__).resolve().parent
@@ -65,7 +64,6 @@ def fresh(name: str, data: Data) -> nn.Module:
 
 def train(name: str, epochs: int, seed: int, limit: int | None) -> dict[str, Any]:
     """训练一个网络，返回测试准确率、训练秒数与权重；在子进程里运行。"""
-    torch.set_num_threads(1)
     data, device = load_data("synth-objects", limit=limit), get_device("cpu")
     set_seed(seed)
     model = fresh(name, data)
@@ -138,7 +136,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--jobs", type=positive_int, default=2, metavar="N", help="同时训练几个，各用一个线程")
     args = parser.parse_args(argv)
     if args.smoke:
-        args.models, args.epochs = ("repvgg",), 1
+        args.models, args.epochs, args.jobs = ("repvgg",), 1, 1
     return args
 
 
@@ -152,21 +150,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     data = load_data("synth-objects", limit=limit)
     models, rows = {}, {}
     with Timer() as timer:
-        with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
-            futures = {
-                name: pool.submit(train, name, args.epochs, args.seed, limit)
-                for name in args.models
-            }
-            for name, future in futures.items():
-                trained = future.result()
-                models[name] = fresh(name, data)
-                models[name].load_state_dict(trained.pop("weights"))
-                rows[name] = trained
-                print(
-                    f"{name:16s} 测试准确率 {100 * trained['accuracy']:5.2f}%，"
-                    f"训练 {trained['train_seconds']:.0f} 秒",
-                    flush=True,
-                )
+        tasks = [(name, args.epochs, args.seed, limit) for name in args.models]
+        trainings = run_parallel(train, tasks, args.jobs)
+        for name, trained in zip(args.models, trainings, strict=True):
+            models[name] = fresh(name, data)
+            models[name].load_state_dict(trained.pop("weights"))
+            rows[name] = trained
+            print(
+                f"{name:16s} 测试准确率 {100 * trained['accuracy']:5.2f}%，"
+                f"训练 {trained['train_seconds']:.0f} 秒",
+                flush=True,
+            )
         timer.lap("训练")
         for name, cost in measure_cost(models, data, 1 if args.smoke else 25).items():
             rows[name] |= cost

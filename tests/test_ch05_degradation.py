@@ -316,7 +316,7 @@ def tiny(monkeypatch) -> None:
     monkeypatch.setattr(degradation, "load_data", lambda name, limit: original(name, limit=24))
 
 
-ARGS = ["--device", "cpu", "--batch-size", "8", "--epochs", "6", "--out-dir"]
+ARGS = ["--jobs", "1", "--device", "cpu", "--batch-size", "8", "--epochs", "6", "--out-dir"]
 
 
 def test_resume_after_a_kill_is_bit_identical(tiny, tmp_path: Path, monkeypatch) -> None:

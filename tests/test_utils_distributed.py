@@ -27,6 +27,7 @@ from utils.distributed import (
     launch,
     launched_by_torchrun,
     main_first,
+    run_parallel,
     sum_over_processes,
     world,
 )
@@ -430,3 +431,51 @@ def test_only_rank_zero_reports_the_interruption(
         run_main(interrupt)
     assert caught.value.code == 130
     assert capsys.readouterr().err.count("已中断") == lines
+
+
+# ---------------------------------------------------------------- 互不相干的任务
+
+
+def square(x: int) -> tuple[int, int, int]:
+    """平方，连同进程号与线程数。"""
+    if x < 0:
+        raise UserError(f"{x} 是负数")
+    time.sleep(0.05 * (x == 1))  # 第一个做得慢，次序仍不变
+    return x * x, os.getpid(), torch.get_num_threads()
+
+
+def test_parallel_tasks_keep_their_order_and_use_one_thread_each() -> None:
+    torch.set_num_threads(2)
+    found = list(run_parallel(square, [(1,), (2,), (3,)], 2))
+    assert [value for value, _, _ in found] == [1, 4, 9]
+    assert all(pid != os.getpid() and threads == 1 for _, pid, threads in found)
+    alone = list(run_parallel(square, [(1,), (2,)], 1))  # 一个进程就是本进程
+    assert alone == [(1, os.getpid(), 1), (4, os.getpid(), 1)]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_an_error_in_a_task_reaches_the_caller_and_leaves_no_process(jobs: int) -> None:
+    found = run_parallel(square, [(2,), (-3,), (4,)], jobs)
+    assert next(found)[0] == 4
+    with pytest.raises(UserError, match="-3 是负数"):
+        next(found)
+    deadline = time.monotonic() + 10
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not multiprocessing.active_children()
+
+
+def test_workers_leave_with_a_killed_parent(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys, time\n"
+        f"sys.path.insert(0, {str(REPO_ROOT)!r})\n"
+        "from utils.distributed import _leave_with\n"
+        "if os.fork() == 0:\n"
+        "    _leave_with(os.getppid())\n"
+        "print(os.getpid(), flush=True)\n"
+        "time.sleep(0.2)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    start = time.monotonic()
+    run_python("-c", code, cwd=tmp_path)  # 子进程握着标准输出：它不走，这里就一直等
+    assert time.monotonic() - start < 30
