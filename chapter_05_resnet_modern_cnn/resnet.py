@@ -3,7 +3,7 @@
     y = F(x) + x          ∂L/∂x = ∂L/∂y · (I + ∂F/∂x)
 
 ImageNet 形式（ResNet、ResNeXt、Wide ResNet）的参数名、参数量与输出都与 torchvision 相同，官方权重
-可以直接装入；小图形式（``resnet18_cifar`` 等）把起始层换成步长 1 的 3×3 卷积。论文第 4.2 节的小图
+可以直接装入；小图形式（``resnet18_cifar`` 等）把起始层换成 3×3 卷积。论文第 4.2 节的小图
 网络（20、56、110 层）与预激活形式在 ``resnet_cifar.py``。
 
 与论文的差别：下采样的步长放在 ``Bottleneck`` 的 3×3 卷积上（论文放在第一个 1×1 上，白白丢掉四分之三
@@ -13,7 +13,7 @@ ImageNet 形式（ResNet、ResNeXt、Wide ResNet）的参数名、参数量与�
 
 参考: He et al., 2015, Deep Residual Learning for Image Recognition, arXiv:1512.03385；
 Zagoruyko 与 Komodakis, 2016, arXiv:1605.07146（Wide ResNet）；
-Xie et al., 2016, arXiv:1611.05431（ResNeXt）。README「ResNet」。
+Xie et al., 2016, arXiv:1611.05431（ResNeXt）。README「残差块」「瓶颈、分组与加宽」「零 γ」。
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@
 参考: He et al., 2015, arXiv:1512.03385，第 4.2 节；
 He et al., 2016, Identity Mappings in Deep Residual Networks, arXiv:1603.05027（预激活）；
 Hu et al., 2017, Squeeze-and-Excitation Networks, arXiv:1709.01507，图 3（SE-ResNet）。
-README「退化问题」与「预激活」。
+README「捷径」与「预激活」，页面 degradation.md。
 """
 
 from __future__ import annotations

@@ -227,3 +227,12 @@ def test_wrong_input() -> None:
             for shape in ((2, 1, 32, 32), (2, 3, least - 1, 64), (3, 32, 32)):
                 with pytest.raises(ValueError, match=rf"\(B, 3, H, W\).*{least} 像素"):
                     model(torch.empty(shape))
+
+
+def test_expected_depth_counts_only_blocks_with_a_shortcut() -> None:
+    """efficient.md 的 15.0 块：没有捷径的块不能丢。"""
+    with torch.device("meta"):
+        blocks = [m for m in efficientnet_b0().modules() if isinstance(m, MBConv)]
+    droppable = [0.2 * i / 16 for i, block in enumerate(blocks) if block.has_shortcut]
+    assert (len(blocks), len(droppable)) == (16, 9)
+    assert round(16 - sum(droppable), 1) == 15.0
