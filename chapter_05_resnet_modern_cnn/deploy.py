@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -62,7 +63,7 @@ WEIGHT_DECAY = 5e-4
 SCHEMES = {"per-tensor": False, "per-channel": True}
 BITS = (8, 6, 5, 4, 3, 2)
 SHOWN_BITS = (8, 6, 4)  # 打印其中几种，图里全画
-CALIBRATION = 4, 128  # 校准用的批数与每批张数
+CALIBRATION = 4, 128  # 校准用的批数与每批张数，训练集不够时有多少用多少
 REPEATS = 15
 SIZES = (
     ("权重的净字节", "payload_bytes"),
@@ -207,8 +208,9 @@ def deploy(
     """折叠、量化、导出、计时；返回 (结果, 折叠后的网络)。"""
     test = list(data.batches("test"))
     images, labels = [x for x, _ in test], torch.cat([y for _, y in test])
-    shuffled = iter(data.batches("train", CALIBRATION[1], make_generator(0)))
-    calibration = [next(shuffled)[0] for _ in range(1 if smoke else CALIBRATION[0])]
+    size = min(CALIBRATION[1], len(data.splits["train"].labels))
+    shuffled = data.batches("train", size, make_generator(0))
+    calibration = [x for x, _ in itertools.islice(shuffled, 1 if smoke else CALIBRATION[0])]
     few = images[0][:8]
 
     folded = fold_batchnorm(model, few[:1])
@@ -309,6 +311,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="起始卷积的步长，须与训练时相同（默认 synth-objects 为 2，其余为 1）",
     )
     args = parser.parse_args(argv)
+    args.models = list(dict.fromkeys(args.models))  # 重复的只部署一次
     if args.weights and len(args.models) != 1:
         parser.error("--weights 只属于一个网络：请以 --models 指明是哪一个")
     args.stem_stride = args.stem_stride or usual_stem_stride(args.dataset)

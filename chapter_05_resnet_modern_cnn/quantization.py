@@ -191,6 +191,6 @@ def requantize(acc: Tensor, multiplier: Tensor, shift: Tensor, grid: Grid) -> Te
         acc: int32；乘积用 int64，小于 2^62，不会溢出。
         multiplier, shift: 来自 ``fixed_point``，形状能与 ``acc`` 广播。
     """
-    half = torch.ones_like(shift) << (shift - 1)
+    half = (torch.ones_like(shift) << shift) >> 1  # shift 为 0 时是 0
     q = ((acc.long() * multiplier + half) >> shift) + grid.zero_point
     return q.clamp(grid.low, grid.high).to(torch.int8)

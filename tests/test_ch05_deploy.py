@@ -139,6 +139,8 @@ def test_arguments() -> None:
     args = deploy.parse_args([])
     assert args.models == ["resnet20", "mobilenet_v2"] and args.stem_stride == 2
     assert deploy.parse_args(["--dataset", "cifar10"]).stem_stride == 1
+    twice = deploy.parse_args(["--models", "resnet32", "resnet20", "resnet32"])
+    assert twice.models == ["resnet32", "resnet20"]  # 否则两次训练之后，结果与预期对不上
 
 
 def test_user_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -185,6 +185,9 @@ def test_requantize_by_hand_and_against_floats() -> None:
     acc = torch.tensor([-5, -4, 0, 4, 5, 10_000, -10_000], dtype=torch.int32)
     # 遇半进一：-2.5 -> -2，2.5 -> 3；两端截断
     assert requantize(acc, *half, grid).tolist() == [-5, -5, -3, -1, 0, 127, -128]
+    whole = fixed_point(torch.tensor(2.0**30 * (1 - 2**-40), dtype=torch.float64))
+    assert whole[1].item() == 0  # 尾数进了位，一位也不移：不能再加「半格」
+    assert requantize(torch.tensor([0], dtype=torch.int32), *whole, grid).tolist() == [-3]
     acc = torch.randint(-(2**31), 2**31, (10_000,), generator=make_generator(0)).int()
     factor = torch.tensor(5e-8)
     exact = torch.floor(acc.double() * factor.double() + 0.5) - 3
