@@ -108,7 +108,7 @@ class Task:
             if train.shape[1] < max(budgets) or val.shape[1] < 1:
                 raise UserError(
                     f"--labels 要每类 {max(budgets)} 张训练图，而最少的一类只有 {train.shape[1]} "
-                    f"张（验证 {val.shape[1]} 张，至少要 1 张）：请减小 --labels"
+                    f"张（验证 {val.shape[1]} 张，至少要 1 张）：请减小 --labels 或增加图片"
                 )
             orders.append((train[:, : max(budgets)], val[:, : max(budgets)]))
         return cls(*(splits[s] for s in ("train", "val", "test")), orders)

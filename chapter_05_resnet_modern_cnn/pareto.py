@@ -113,11 +113,12 @@ def infer(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def model_list(text: str) -> tuple[str, ...]:
     """逗号分隔的网络名，或 ``all``。"""
-    names = ALL if text == "all" else tuple(text.split(","))
+    names = ALL if text == "all" else tuple(dict.fromkeys(text.split(",")))  # 重复的只训练一次
     unknown = [name for name in names if name not in MODELS]
     if unknown:
         raise argparse.ArgumentTypeError(
-            f"没有 {'、'.join(unknown)} 这个网络：可选 all，或逗号分隔的 {'、'.join(MODELS)}"
+            f"没有 {'、'.join(map(repr, unknown))} 这个网络：可选 all，"
+            f"或逗号分隔的 {'、'.join(MODELS)}"
         )
     return names
 

@@ -20,12 +20,11 @@ from chapter_05_resnet_modern_cnn import (
     efficientnet,
     mobilenet,
     mobilenet_v3,
-    repvgg,
     resnet,
 )
 from chapter_05_resnet_modern_cnn.data import Data, load_data
 from chapter_05_resnet_modern_cnn.few_shot import Inputs
-from chapter_05_resnet_modern_cnn.models import MODELS, build_model, usual_stem_stride
+from chapter_05_resnet_modern_cnn.models import MODELS, build_model
 from chapter_05_resnet_modern_cnn.recipe import evaluate, make_optimizer, train_one_epoch
 from chapter_05_resnet_modern_cnn.transfer import split_head
 from utils import TorchDevice, UserError, make_generator, model_summary, set_seed
@@ -48,7 +47,6 @@ BACKBONES: dict[str, tuple[Callable[..., nn.Module], Callable | None]] = {
     "efficientnet_b0": (efficientnet.efficientnet_b0, None),
     "efficientnet_v2_s": (efficientnet.efficientnet_v2_s, None),
     "convnext_tiny": (convnext.convnext_tiny, None),
-    "repvgg_a0": (repvgg.repvgg_a0, None),
 }
 
 
@@ -106,7 +104,7 @@ def small_source(args: argparse.Namespace, device: TorchDevice) -> Source:
     data = load_data(args.source, args.data_dir, download=args.download, limit=limit)
     shape, classes = data.shape, len(data.class_names)
     set_seed(args.seed)
-    model = build_model(args.model, classes, shape, usual_stem_stride(args.source))
+    model = build_model(args.model, classes, shape, args.stem_stride)
     random, channels = split_head(model.to(device.device))
     print(model_summary(model, torch.zeros(1, *shape, device=device.device)).collapsed(1))
     if args.weights:

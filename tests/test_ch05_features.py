@@ -426,6 +426,7 @@ def test_bad_arguments_are_one_line(tmp_path: Path, capsys) -> None:
     for argv, words in (
         (["--backbone", "resnet18"], "须同时给出 --weights"),
         (["--image-size", "64"], "--image-size 只用于 --backbone"),
+        (["--stem-stride", "1", "--backbone", "resnet18", "--weights", __file__], "只用于小图"),
         (["--dataset", "synth-objects"], "迁移要换一个任务"),
         (["--labels", "0"], "逗号分隔的正整数"),
         (["--weights", str(tmp_path / "none.pt")], "找不到文件"),
