@@ -323,11 +323,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def expectations(names: Sequence[str], chance: float) -> list[Expectation]:
-    """每个网络两项核对：int8 逐通道与 fp32 的预测一致，权重的字节约为四分之一。"""
+    """每个网络四项核对：折叠前后的得分，int8 逐通道的准确率与预测，权重的字节约为四分之一。"""
     found = []
     for name in names:
-        same, ratio = f"{name} int8 与 fp32 一致", f"{name} 净字节之比"
+        same, ratio = f"{name} int8 与 fp32 的预测一致", f"{name} int8 与 fp32 的净字节之比"
+        lost, folded = f"{name} int8 损失的准确率", f"{name} 折叠前后得分的最大差"
         options = {"percent": True, "learning": False}
+        found.append(Expectation(folded, 1.0, (0.0, 1e-5), learning=False))
+        found.append(Expectation(lost, 1 - chance, (-0.01, 0.01), **options))
         found.append(Expectation(same, chance, (0.97, 1.0), **options))
         found.append(Expectation(ratio, 1.0, (0.25, 0.3), learning=False))
     return found
@@ -357,6 +360,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         value
         for run in runs.values()
         for value in (
+            run["folded"]["max_difference"],
+            run["fp32"]["accuracy"] - run["weights"]["per-channel"]["8"]["accuracy"],
             run["weights"]["per-channel"]["8"]["agreement"],
             run["files"]["int8"]["payload_bytes"] / run["files"]["fp32"]["payload_bytes"],
         )

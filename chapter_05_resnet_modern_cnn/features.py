@@ -101,7 +101,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--labels", type=int_list, default=LABELS, metavar="N,N", help="每类几个标签")
     add("--draws", type=positive_int, default=3, metavar="N", help="冻结的做法抽几次标签")
     add("--tuned-draws", type=positive_int, default=1, metavar="N", help="微调的做法抽几次")
-    add("--steps", type=positive_int, default=200, metavar="N", help="梯度下降的步数")
+    add("--steps", type=positive_int, default=150, metavar="N", help="梯度下降的步数")
     add("--no-finetune", action="store_true", help="只比较冻结的做法")
     args = parser.parse_args(argv)
     if args.backbone and not args.weights:
