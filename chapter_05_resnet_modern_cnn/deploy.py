@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 if not __package__:  # 直接运行脚本时，把仓库根目录加入模块搜索路径
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -29,7 +28,7 @@ from chapter_05_resnet_modern_cnn.data import DATASETS, Data, load_data
 from chapter_05_resnet_modern_cnn.exporting import export_program, run_elsewhere
 from chapter_05_resnet_modern_cnn.figures_deploy import accuracy_figure, weights_figure
 from chapter_05_resnet_modern_cnn.folding import find_pairs, fold_batchnorm
-from chapter_05_resnet_modern_cnn.models import build_model, usual_stem_stride
+from chapter_05_resnet_modern_cnn.models import MODELS, Recipe, build_model, usual_stem_stride
 from chapter_05_resnet_modern_cnn.quantization import METHODS, Observer
 from chapter_05_resnet_modern_cnn.quantized_layers import (
     QUANTIZED,
@@ -39,7 +38,7 @@ from chapter_05_resnet_modern_cnn.quantized_layers import (
     quantize,
     simulated_conv2d,
 )
-from chapter_05_resnet_modern_cnn.recipe import make_optimizer, train_one_epoch
+from chapter_05_resnet_modern_cnn.recipe import train_epochs
 from utils import (
     Expectation,
     Result,
@@ -59,7 +58,6 @@ from utils.timer import alternate, seconds_of
 
 HERE = Path(__file__).resolve().parent
 NETWORKS = ("resnet20", "resnet32", "mobilenet_v2")
-WEIGHT_DECAY = 5e-4
 SCHEMES = {"per-tensor": False, "per-channel": True}
 BITS = (8, 6, 5, 4, 3, 2)
 SHOWN_BITS = (8, 6, 4)  # 打印其中几种，图里全画
@@ -81,18 +79,9 @@ def obtain(name: str, data: Data, args: argparse.Namespace, device: TorchDevice)
     if args.weights:
         return load_torchvision_weights(model, args.weights).eval()
     model = model.to(device.device, memory_format=torch.channels_last)
-    batches, steps = data.training(
-        args.batch_size,
-        make_generator(args.seed),
-        augmented=True,
-        mixup=0.0,
-        cutmix=0.0,
-        device=device.device,
-    )
-    optimizer, schedule = make_optimizer(model, "sgd", args.lr, WEIGHT_DECAY, args.epochs * steps)
-    layout = {"memory_format": torch.channels_last}
-    for _ in tqdm(range(args.epochs), desc=f"训练 {name}", unit="轮"):
-        train_one_epoch(model, model, batches, optimizer, schedule, device, **layout)
+    recipe = Recipe(MODELS[name].make, "sgd", args.lr)
+    settings = (recipe, args.epochs, args.batch_size, args.seed, device, torch.channels_last)
+    train_epochs(model, data, *settings)
     return model.cpu().to(memory_format=torch.contiguous_format).eval()
 
 

@@ -57,7 +57,7 @@ def accuracy_figure(
         right.text(value, index, text, va="center", fontsize=8.5)
     right.set_xlim(min(seconds) / 3, max(seconds) * 40)
     right.grid(axis="y", visible=False)
-    right.set(xlabel="seconds per fit, features cached")
+    right.set(xlabel="seconds per fit")
     right.set_title(f"cost and accuracy, {budgets[-1]} labels per class")
     return figure
 

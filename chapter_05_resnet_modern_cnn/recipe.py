@@ -5,16 +5,20 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from chapter_03_optimization_regularization.averaging import EMA
 from chapter_03_optimization_regularization.schedulers import WarmupCosineLR
-from utils import TorchDevice
+from chapter_05_resnet_modern_cnn.data import Data
+from chapter_05_resnet_modern_cnn.models import Recipe
+from utils import TorchDevice, make_generator
 from utils.distributed import sum_over_processes
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -81,6 +85,29 @@ def train_one_epoch(
     # 每轮只取一次数值：.item() 会让 GPU 停下来等
     total, count = sum_over_processes(torch.stack([total, torch.full_like(total, count)])).tolist()
     return total / count
+
+
+def train_epochs(
+    model: nn.Module,
+    data: Data,
+    recipe: Recipe,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    device: TorchDevice,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> nn.Module:
+    """按 ``recipe`` 训练几轮，带增强，不混合，不挑轮次；小实验共用，完整的循环见 train.py。"""
+    batches, steps = data.training(
+        batch_size, make_generator(seed), augmented=True, mixup=0, cutmix=0, device=device.device
+    )
+    settings = (recipe.optimizer, recipe.lr, recipe.weight_decay, epochs * steps)
+    optimizer, schedule = make_optimizer(model, *settings)
+    layout = {"memory_format": memory_format}
+    quiet = multiprocessing.parent_process() is not None  # 几个进程的进度条会搅在一起
+    for _ in tqdm(range(epochs), desc="训练", unit="轮", leave=False, disable=quiet):
+        train_one_epoch(model, model, batches, optimizer, schedule, device, **layout)
+    return model
 
 
 class Score(NamedTuple):

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from chapter_04_cnn_classic.weights import load_torchvision_weights
 from chapter_05_resnet_modern_cnn import (
@@ -25,9 +24,9 @@ from chapter_05_resnet_modern_cnn import (
 from chapter_05_resnet_modern_cnn.data import Data, load_data
 from chapter_05_resnet_modern_cnn.few_shot import Inputs
 from chapter_05_resnet_modern_cnn.models import MODELS, build_model
-from chapter_05_resnet_modern_cnn.recipe import evaluate, make_optimizer, train_one_epoch
+from chapter_05_resnet_modern_cnn.recipe import evaluate, train_epochs
 from chapter_05_resnet_modern_cnn.transfer import split_head
-from utils import TorchDevice, UserError, make_generator, model_summary, set_seed
+from utils import TorchDevice, UserError, model_summary, set_seed
 
 DATASETS = ("synth-objects", "cifar10")  # 小网络在哪里预训练
 EPOCHS, BATCH = 6, 128
@@ -82,22 +81,6 @@ def imagenet_source(args: argparse.Namespace, device: TorchDevice) -> Source:
     return Source(backbone.to(device.device), random.to(device.device), channels, inputs)
 
 
-def pretrain(model: nn.Module, data: Data, args: argparse.Namespace, device: TorchDevice) -> None:
-    """在源域上训练，增强，余弦；就地改动 ``model``。"""
-    recipe, epochs = MODELS[args.model], 1 if args.smoke else EPOCHS
-    batches, steps = data.training(
-        BATCH, make_generator(args.seed), augmented=True, mixup=0, cutmix=0, device=device.device
-    )
-    optimizer, schedule = make_optimizer(
-        model, recipe.optimizer, recipe.lr, recipe.weight_decay, epochs * steps
-    )
-    with tqdm(total=epochs, desc=f"预训练 {args.model}", unit="轮") as bar:
-        for _ in range(epochs):
-            loss = train_one_epoch(model, model, batches, optimizer, schedule, device)
-            bar.set_postfix_str(f"训练损失 {loss:.4f}")
-            bar.update()
-
-
 def small_source(args: argparse.Namespace, device: TorchDevice) -> Source:
     """小图的网络：读入 train.py 的权重，或当场预训练。"""
     limit = 256 if args.smoke else None
@@ -110,7 +93,8 @@ def small_source(args: argparse.Namespace, device: TorchDevice) -> Source:
     if args.weights:
         load_torchvision_weights(model, args.weights)
     else:
-        pretrain(model, data, args, device)
+        epochs = 1 if args.smoke else EPOCHS
+        train_epochs(model, data, MODELS[args.model], epochs, BATCH, args.seed, device)
     score = evaluate(model, data.batches("test", device=device.device), classes, device)
     print(f"源域  {args.source}：测试准确率 {100 * score.accuracy:.2f}%")
     backbone, _ = split_head(model)
