@@ -26,12 +26,15 @@ if not __package__:  # 直接运行脚本时，把仓库根目录加入模块搜
 from chapter_04_cnn_classic.weights import load_torchvision_weights
 from chapter_05_resnet_modern_cnn.data import DATASETS, Data, load_data
 from chapter_05_resnet_modern_cnn.exporting import export_program, run_elsewhere
-from chapter_05_resnet_modern_cnn.figures_deploy import accuracy_figure, weights_figure
+from chapter_05_resnet_modern_cnn.figures_deploy import (
+    accuracy_figure,
+    most_uneven_convolution,
+    weights_figure,
+)
 from chapter_05_resnet_modern_cnn.folding import find_pairs, fold_batchnorm
 from chapter_05_resnet_modern_cnn.models import MODELS, Recipe, build_model, usual_stem_stride
 from chapter_05_resnet_modern_cnn.quantization import METHODS, Observer
 from chapter_05_resnet_modern_cnn.quantized_layers import (
-    QUANTIZED,
     calibrate,
     integer_conv2d,
     kernel_conv2d,
@@ -102,25 +105,6 @@ def compare(logits: Tensor, reference: Tensor, labels: Tensor) -> dict[str, floa
         "agreement": (guesses == reference.argmax(dim=1)).double().mean().item(),
         "max_difference": (logits - reference).abs().max().item(),
     }
-
-
-def channel_ranges(model: nn.Module) -> dict[str, Tensor]:
-    """各个卷积与全连接每个输出通道的 ``max|w|``，名字 -> ``(C_out,)``。"""
-    return {
-        name: layer.weight.detach().flatten(1).abs().amax(dim=1)
-        for name, layer in model.named_modules()
-        if type(layer) in QUANTIZED
-    }
-
-
-def widest_layer(model: nn.Module) -> tuple[str, float]:
-    """通道之间范围最悬殊的一层，与它最大的通道是中位数的通道的几倍。
-
-    倍数为 r 时，逐张量的 8 位刻度只给中位数的通道留下 ±127/r 格。
-    """
-    spread = {k: (r.max() / r.median()).item() for k, r in channel_ranges(model).items()}
-    name = max(spread, key=spread.__getitem__)
-    return name, spread[name]
 
 
 def sweep(
@@ -231,7 +215,7 @@ def deploy(
         "folded": compare(logits_of(folded, images), before, labels),
         "pairs": len(find_pairs(model, few[:1])),
         "integer_equals_simulated": exact,
-        "widest": widest_layer(folded),
+        "widest": most_uneven_convolution(folded)[::2],  # 名字与倍数
         "files": files,
         "milliseconds": batches,
     }

@@ -43,15 +43,19 @@ def accuracy_figure(runs: Mapping[str, Mapping[str, Any]], chance: float) -> Fig
     return figure
 
 
-def most_uneven_convolution(model: nn.Module) -> tuple[str, nn.Conv2d]:
-    """通道之间范围最悬殊（最大与中位数之比）的卷积。"""
+def most_uneven_convolution(model: nn.Module) -> tuple[str, nn.Conv2d, float]:
+    """通道之间范围最悬殊的卷积，与它最大的通道是中位数的通道的几倍。
+
+    倍数为 r 时，逐张量的 8 位刻度只给中位数的通道留下 ±127/r 格。
+    """
     layers = [(n, m) for n, m in model.named_modules() if type(m) is nn.Conv2d]
 
     def spread(item: tuple[str, nn.Conv2d]) -> float:
         ranges = item[1].weight.detach().flatten(1).abs().amax(dim=1)
         return (ranges.max() / ranges.median()).item()
 
-    return max(layers, key=spread)
+    name, conv = max(layers, key=spread)
+    return name, conv, spread((name, conv))
 
 
 def _draw_ranges(axes: Axes, weight: np.ndarray, scale: float, title: str) -> None:
@@ -88,7 +92,7 @@ def weights_figure(networks: Mapping[str, nn.Module]) -> Figure:
     """
     figure, grid = new_figure(len(networks), 2, size=(9.2, 3.3 * len(networks)))
     for (left, right), (name, model) in zip(grid, networks.items(), strict=True):
-        layer, conv = most_uneven_convolution(model)
+        layer, conv, _ = most_uneven_convolution(model)
         weight = conv.weight.detach().flatten(1)
         scale = symmetric_grid(weight, LEVELS_BITS, per_channel=False).scale.item()
         rows = weight[weight.abs().amax(dim=1).argsort()].numpy()

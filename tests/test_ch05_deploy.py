@@ -132,7 +132,7 @@ def test_widest_layer_by_hand() -> None:
     model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.Linear(1, 3))
     for layer, values in zip(model, ([1.0, -2, 8], [1.0, 1, 1]), strict=True):
         layer.weight = nn.Parameter(torch.tensor(values).view_as(layer.weight))
-    assert deploy.widest_layer(model) == ("0", 4.0)
+    assert deploy.most_uneven_convolution(model) == ("0", model[0], 4.0)
 
 
 def test_arguments() -> None:
