@@ -111,6 +111,22 @@ class Data:
             device=device,
         )
 
+    def steps(self, batch_size: int) -> int:
+        """训练一轮的批数；``batch_size`` 是全局的。
+
+        异常:
+            UserError: 训练集不足一批，或 ``batch_size`` 不能由各进程平分。
+        """
+        count, size = len(self.splits["train"].labels), world().size
+        if batch_size > count:
+            raise UserError(f"--batch-size {batch_size} 超过训练集的 {count} 张：请减小")
+        if batch_size % size:
+            raise UserError(
+                f"--batch-size {batch_size} 不能由 {size} 个进程平分：应为 {size} 的倍数，"
+                f"如 {batch_size // size * size or size}"
+            )
+        return count // batch_size
+
     def training(
         self,
         batch_size: int,
@@ -121,23 +137,11 @@ class Data:
         cutmix: float,
         device: torch.device | str,
     ) -> tuple[Shard, int]:
-        """训练用的批（本进程的一份）与一轮的批数；``batch_size`` 是全局的。
-
-        异常:
-            UserError: 训练集不足一批，或 ``batch_size`` 不能由各进程平分。
-        """
-        rank, size = world()
-        count = len(self.splits["train"].labels)
-        if batch_size > count:
-            raise UserError(f"--batch-size {batch_size} 超过训练集的 {count} 张：请减小")
-        if batch_size % size:
-            raise UserError(
-                f"--batch-size {batch_size} 不能由 {size} 个进程平分：应为 {size} 的倍数，"
-                f"如 {batch_size // size * size or size}"
-            )
+        """训练用的批（本进程的一份）与一轮的批数；参数与异常见 ``steps``、``Mix``。"""
+        steps = self.steps(batch_size)
         images = self.batches("train", batch_size, generator, augmented=augmented, device=device)
         mixed = Mix(images, len(self.class_names), mixup, cutmix, generator)
-        return Shard(mixed if mixup or cutmix else images, rank, size), len(images)
+        return Shard(mixed if mixup or cutmix else images, *world()), steps
 
     def evaluation(self, split: str, device: torch.device | str) -> Shard:
         """一个划分里本进程的一份；各进程的合起来不重不漏。"""

@@ -281,7 +281,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--stem-stride",
         type=int,
         choices=[1, 2],
-        help="起始卷积的步长，须与训练时相同（默认 synth-objects 为 2，其余为 1）",
+        help="起始卷积的步幅，须与训练时相同（默认 synth-objects 为 2，其余为 1）",
     )
     args = parser.parse_args(argv)
     args.models = list(dict.fromkeys(args.models))  # 重复的只部署一次

@@ -95,7 +95,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--stem-stride",
         type=int,
         choices=[1, 2],
-        help="小图主干起始卷积的步长，须与训练时相同（默认 --source synth-objects 为 2，其余为 1）",
+        help="小图主干起始卷积的步幅，须与训练时相同（默认 --source synth-objects 为 2，其余为 1）",
     )
     add("--image-size", type=positive_int, metavar="N", help="--backbone 的边长（默认 64），像素")
     add("--labels", type=int_list, default=LABELS, metavar="N,N", help="每类几个标签")

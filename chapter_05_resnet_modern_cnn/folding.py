@@ -48,7 +48,7 @@ def fold_conv_bn(layer: nn.Module, bn: nn.Module) -> nn.Module:
     """``bn(layer(x))`` 合成的一层，类型同 ``layer``，总是带偏置；两个参数都不改动。
 
     参数:
-        layer: ``nn.Conv2d``（任何分组、步长、空洞）、``nn.ConvTranspose2d`` 或 ``nn.Linear``。
+        layer: ``nn.Conv2d``（任何分组、步幅、空洞）、``nn.ConvTranspose2d`` 或 ``nn.Linear``。
         bn: 相配的 BatchNorm，须有运行统计量；按推理的方式理解，不看它是否在训练模式。
 
     异常:

@@ -61,7 +61,7 @@ def twin(name: str) -> str | None:
 
 
 def usual_stem_stride(dataset: str) -> int:
-    """起始卷积的步长：合成物体的轮廓缩一半仍看得清，省去四分之三的运算；别的不缩。"""
+    """起始卷积的步幅：合成物体的轮廓缩一半仍看得清，省去四分之三的运算；别的不缩。"""
     return 2 if dataset == "synth-objects" else 1
 
 
@@ -74,7 +74,7 @@ def build_model(
         name: ``MODELS`` 之一。
         num_classes: 类别数。
         shape: 一张图的形状 ``(C, H, W)``。
-        stem_stride: 起始卷积的步长；2 时各层的边长减半，运算量约为四分之一。
+        stem_stride: 起始卷积的步幅；2 时各层的边长减半，运算量约为四分之一。
 
     异常:
         UserError: 图太小等不相配之处。

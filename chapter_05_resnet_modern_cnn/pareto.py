@@ -56,7 +56,7 @@ LIMIT = 512  # 张，--smoke 时每个划分的图数
 
 
 def fresh(name: str, data: Data) -> nn.Module:
-    """没有训练过的网络；起始卷积的步长为 2，省去四分之三的运算。"""
+    """没有训练过的网络；起始卷积的步幅为 2，省去四分之三的运算。"""
     model = build_model(name, len(data.class_names), data.shape, stem_stride=2)
     return model.to(memory_format=LAYOUT)
 

@@ -6,7 +6,7 @@ ImageNet 形式（ResNet、ResNeXt、Wide ResNet）的参数名、参数量与�
 可以直接装入；小图形式（``resnet18_cifar`` 等）把起始层换成 3×3 卷积。论文第 4.2 节的小图
 网络（20、56、110 层）与预激活形式在 ``resnet_cifar.py``。
 
-与论文的差别：下采样的步长放在 ``Bottleneck`` 的 3×3 卷积上（论文放在第一个 1×1 上，白白丢掉四分之三
+与论文的差别：下采样的步幅放在 ``Bottleneck`` 的 3×3 卷积上（论文放在第一个 1×1 上，白白丢掉四分之三
 的像素；torchvision 的做法，称为 v1.5）。
 
 维度约定：``B, C, H, W``。
@@ -19,6 +19,7 @@ Xie et al., 2016, arXiv:1611.05431（ResNeXt）。README「残差块」「瓶颈
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -29,7 +30,7 @@ from chapter_05_resnet_modern_cnn.blocks import initialize_convolutions
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """3×3 卷积，边长只随步长缩小；后面总跟着 BatchNorm，偏置会被均值减掉，所以不要。"""
+    """3×3 卷积，边长只随步幅缩小；后面总跟着 BatchNorm，偏置会被均值减掉，所以不要。"""
     return nn.Conv2d(in_channels, out_channels, 3, stride, 1, groups=groups, bias=False)
 
 
@@ -51,7 +52,7 @@ class BasicBlock(nn.Module):
     参数:
         in_channels: 输入通道数。
         width: 两个卷积的输出通道数。
-        stride: 第一个卷积的步长。
+        stride: 第一个卷积的步幅。
         shortcut: 捷径，``None`` 表示恒等。
     """
 
@@ -152,8 +153,8 @@ class ResNet(nn.Module):
         width: 第一个阶段的 ``width``，以后逐阶段加倍。
         inner_scale: ``Bottleneck`` 中间层宽度的倍数（Wide ResNet 与 ResNeXt 为 2）。
         groups: ``Bottleneck`` 的分组数。
-        small_stem: 给出时，起始层为这个步长的 3×3 卷积、不池化，供 32 像素的小图用；
-            ``None`` 则为步长 2 的 7×7 卷积加池化，边长先缩到四分之一。
+        small_stem: 给出时，起始层为这个步幅的 3×3 卷积、不池化，供 32 像素的小图用；
+            ``None`` 则为步幅 2 的 7×7 卷积加池化，边长先缩到四分之一。
         zero_init_residual: 是否用 ``zero_last_gamma`` 初始化。
     """
 
@@ -173,6 +174,8 @@ class ResNet(nn.Module):
         super().__init__()
         if width < 1 or len(layers) != 4 or min(layers) < 1:
             raise ValueError(f"layers 应为四个正整数，width 至少为 1，实为 {layers} 与 {width}")
+        if block is BasicBlock and (inner_scale, groups) != (1, 1):
+            raise ValueError(f"inner_scale={inner_scale}、groups={groups} 只用于 Bottleneck")
         self.in_channels, self.min_size = in_channels, 32 if small_stem is None else small_stem
         self._channels = width  # 下一个块的输入通道数
         if small_stem is None:
@@ -218,37 +221,37 @@ class ResNet(nn.Module):
         return self.fc(self.forward_features(x))
 
 
-def resnet18(num_classes: int = 1000, **options: bool) -> ResNet:
-    """18 层，11689512 个参数（1000 类）。"""
+def resnet18(num_classes: int = 1000, **options: Any) -> ResNet:
+    """18 层，11689512 个参数（1000 类）；``options`` 是 ``ResNet`` 的其余参数，下同。"""
     return ResNet(BasicBlock, (2, 2, 2, 2), num_classes, **options)
 
 
-def resnet34(num_classes: int = 1000, **options: bool) -> ResNet:
+def resnet34(num_classes: int = 1000, **options: Any) -> ResNet:
     """34 层，21797672 个参数。"""
     return ResNet(BasicBlock, (3, 4, 6, 3), num_classes, **options)
 
 
-def resnet50(num_classes: int = 1000, **options: bool) -> ResNet:
+def resnet50(num_classes: int = 1000, **options: Any) -> ResNet:
     """50 层，25557032 个参数。"""
     return ResNet(Bottleneck, (3, 4, 6, 3), num_classes, **options)
 
 
-def resnet101(num_classes: int = 1000, **options: bool) -> ResNet:
+def resnet101(num_classes: int = 1000, **options: Any) -> ResNet:
     """101 层，44549160 个参数。"""
     return ResNet(Bottleneck, (3, 4, 23, 3), num_classes, **options)
 
 
-def resnet152(num_classes: int = 1000, **options: bool) -> ResNet:
+def resnet152(num_classes: int = 1000, **options: Any) -> ResNet:
     """152 层，60192808 个参数。"""
     return ResNet(Bottleneck, (3, 8, 36, 3), num_classes, **options)
 
 
-def resnext50_32x4d(num_classes: int = 1000, **options: bool) -> ResNet:
+def resnext50_32x4d(num_classes: int = 1000, **options: Any) -> ResNet:
     """ResNeXt-50：3×3 卷积分成 32 组，每组 4 个通道起；25028904 个参数。"""
     return ResNet(Bottleneck, (3, 4, 6, 3), num_classes, inner_scale=2, groups=32, **options)
 
 
-def wide_resnet50_2(num_classes: int = 1000, **options: bool) -> ResNet:
+def wide_resnet50_2(num_classes: int = 1000, **options: Any) -> ResNet:
     """Wide ResNet-50：中间层加宽一倍；68883240 个参数。"""
     return ResNet(Bottleneck, (3, 4, 6, 3), num_classes, inner_scale=2, **options)
 

@@ -122,7 +122,7 @@ class CifarResNet(nn.Module):
         width: 第一个阶段的通道数，论文为 16。
         shortcut: 假则为孪生网络。
         block: ``CifarBlock``、``PreActBlock`` 或 ``SEBlock``。
-        stem_stride: 起始卷积的步长；2 时各阶段的边长减半，运算量约为四分之一。
+        stem_stride: 起始卷积的步幅；2 时各阶段的边长减半，运算量约为四分之一。
         zero_init_residual: 是否用 ``zero_last_gamma`` 初始化；通道数改变的块除外。预激活形式
             没有末尾的 γ，不适用。
     """

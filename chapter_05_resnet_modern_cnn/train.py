@@ -210,7 +210,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--stem-stride",
         type=int,
         choices=[1, 2],
-        help="起始卷积的步长（默认 synth-objects 为 2，其余为 1）",
+        help="起始卷积的步幅（默认 synth-objects 为 2，其余为 1）",
     )
     add("--augment", choices=["standard", "none"], default="standard", help="裁剪与翻转")
     add("--mixup", type=non_negative_float, default=0.0, metavar="A", help="Beta 参数，0 不用")
@@ -220,8 +220,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--amp", action="store_true", help="卷积与矩阵乘法用 bfloat16")
     add("--compile", action="store_true", help="torch.compile（需要编译器）")
     add("--channels-last", action="store_true", help="通道放在最后的内存布局")
-    add("--image-size", type=positive_int, default=32, metavar="N", help="folder 的边长，像素")
+    add("--image-size", type=positive_int, metavar="N", help="folder 的边长，像素（默认 32）")
     args = parser.parse_args(argv)
+    if args.image_size and args.dataset != "folder":
+        parser.error(f"--image-size 只用于 --dataset folder：{args.dataset} 的图自有大小")
+    for name in ("ema", "label_smoothing"):
+        if getattr(args, name) == 1:
+            parser.error(f"--{name.replace('_', '-')} 应小于 1：等于 1 就什么也学不到")
+    args.image_size = args.image_size or 32
     synthetic = args.dataset == "synth-objects"
     args.epochs = args.epochs or EPOCHS.get(args.dataset, 20)
     args.stem_stride = args.stem_stride or usual_stem_stride(args.dataset)
@@ -269,6 +275,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
                 image_size=args.image_size,
             )
         timer.lap("数据")
+        data.steps(args.batch_size)  # 批不合适，就在建网络之前说
         expected = expectations(args, data)
         names = [args.model, *([args.against] if args.against != "none" else [])]
         if main:

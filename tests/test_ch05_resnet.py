@@ -81,7 +81,7 @@ def convolutions(model: nn.Module) -> list[nn.Conv2d]:
 @pytest.mark.parametrize(("name", "count"), COUNTS.items())
 @needs_torchvision
 def test_imagenet_forms_have_the_structure_of_torchvision(name: str, count: int) -> None:
-    """键、次序、形状、dtype、步长与分组；参数量也写在说明里。"""
+    """键、次序、形状、dtype、步幅与分组；参数量也写在说明里。"""
     assert f"{count} 个参数" in ours(name).__doc__
     with torch.device("meta"):
         for options in ({}, {"num_classes": 7}):
@@ -309,7 +309,7 @@ def test_zero_gamma_leaves_no_channel_dead() -> None:
 
 
 def test_small_stems_keep_the_pixels() -> None:
-    """各阶段的边长 32、16、8、4；``6n+2`` 层的是 32、16、8，步长 2 时减半。"""
+    """各阶段的边长 32、16、8、4；``6n+2`` 层的是 32、16、8，步幅 2 时减半。"""
     x = torch.zeros(1, 3, 32, 32)
 
     def sides(model: nn.Module, layers: list[nn.Module]) -> list[tuple[int, int]]:
@@ -360,14 +360,14 @@ def test_stem_stride_reaches_the_model() -> None:
     assert build_model("resnet20", 10, shape, 2).conv1.stride == (2, 2)
     assert build_model("plain20", 10, shape).conv1.stride == (1, 1)
     assert not build_model("plain20", 10, shape).blocks[0].shortcut
-    for name in MODELS:  # 每个网络都认它：第一个卷积的步长加倍
+    for name in MODELS:  # 每个网络都认它：第一个卷积的步幅加倍
         with torch.device("meta"):
             strides = [first_stride(MODELS[name].make(10, 3, stem_stride=s)) for s in (1, 2)]
         assert strides[1] == 2 * strides[0], name
 
 
 def first_stride(model: nn.Module) -> int:
-    """第一个卷积的步长。"""
+    """第一个卷积的步幅。"""
     return next(m for m in model.modules() if isinstance(m, nn.Conv2d)).stride[0]
 
 
@@ -381,6 +381,9 @@ def test_constructor_errors() -> None:
     for options in ({"block": PreActBlock}, {"shortcut": False}):
         with pytest.raises(ValueError, match="只适用于有捷径、非预激活"):
             CifarResNet(8, zero_init_residual=True, **options)
+    for options in ({"groups": 2}, {"inner_scale": 2}):
+        with pytest.raises(ValueError, match="只用于 Bottleneck"):
+            ResNet(BasicBlock, (1, 1, 1, 1), **options)
     for layers in ((1, 1, 1), (1, 1, 1, 0), (1, 1, 1, 1, 1)):
         with pytest.raises(ValueError, match="layers 应为四个正整数"):
             ResNet(BasicBlock, layers)

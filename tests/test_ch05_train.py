@@ -296,6 +296,22 @@ def test_settings_that_follow_from_others() -> None:
     assert train.parse_args(["--stem-stride", "1"]).stem_stride == 1
 
 
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--image-size", "64"], "--image-size 只用于 --dataset folder"),
+        (["--ema", "1"], "--ema 应小于 1"),
+        (["--label-smoothing", "1"], "--label-smoothing 应小于 1"),
+    ],
+)
+def test_settings_that_make_no_sense(
+    argv: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        train.parse_args(argv)
+    assert words in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("tiny")
 def test_every_epoch_starts_from_its_own_seed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -383,7 +399,10 @@ def test_compile_without_a_compiler_is_one_line(tmp_path: Path, run_script) -> N
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--image-size", "6"], "--model resnet20 与数据不相配：CifarResNet 的输入.*至少 8 像素"),
+        (
+            ["--image-size", "6", "--batch-size", "8"],
+            "--model resnet20 与数据不相配：CifarResNet 的输入.*至少 8 像素",
+        ),
         (["--batch-size", "64"], "--batch-size 64 超过训练集的 32 张"),
     ],
 )
