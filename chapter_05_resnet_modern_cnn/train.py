@@ -187,7 +187,7 @@ def train_and_test(
 
 # ---------------------------------------------------------------- 入口
 
-EPOCHS = {"synth-objects": 6}  # 其余 20 轮
+EPOCHS = {"synth-objects": 5}  # 其余 20 轮
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -243,7 +243,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 # 实测过的测试准确率区间；没有测过的只按机会线给出宽松的下限
 BANDS = {
-    ("resnet32", "synth-objects"): (0.7, 0.9),
+    ("resnet32", "synth-objects"): (0.6, 0.85),
 }
 # 实测过的一对：领先孪生网络多少
 LEADS = {("resnet32", "plain32", "synth-objects"): (0.1, 0.6)}
