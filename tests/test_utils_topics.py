@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -160,3 +161,13 @@ def test_error_in_a_topic_is_not_swallowed(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="坏了"):
         run(tmp_path, topics={"broken": broken})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_numpy_scalars_reach_the_record(tmp_path: Path) -> None:
+    def measured(seed: int, smoke: bool) -> Outcome:
+        """NumPy 算出来的？"""
+        return Outcome(None, [(Check("误差", 1.0, (0.0, 1.0)), np.float32(0.5))])
+
+    metrics = run(tmp_path, topics={"measured": measured})
+    assert load_json(tmp_path / "metrics.json")["results"][0]["value"] == 0.5
+    assert type(metrics["results"][0]["value"]) is float

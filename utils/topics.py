@@ -54,6 +54,6 @@ def run_topics(topics: Mapping[str, Topic], args: argparse.Namespace) -> dict[st
             if outcome.figure is not None:
                 drawn[f"{name}.png"] = outcome.figure
             for expectation, value in outcome.results:
-                results.append(Result(expectation, value))
+                results.append(Result(expectation, float(value)))  # NumPy 的标量存不进 JSON
             timer.lap(name)
     return conclude(out_dir, results, timer, smoke=args.smoke, figures=drawn, laps=timer.laps)
