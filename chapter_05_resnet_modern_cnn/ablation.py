@@ -1,7 +1,7 @@
 """训练配方的消融：每次只改一处，各值多少？
 
     python ablation.py                       # 每种一个种子，3 轮
-    python ablation.py --epochs 5 --seeds 3
+    python ablation.py --seeds 3
 
 在合成物体上训练 resnet20。各种做法的初始权重与数据的次序由种子决定，逐一相同，所以比较时相减的是
 同一个种子的两次训练。两个两个地并行，各用一个线程。

@@ -187,7 +187,7 @@ def train_and_test(
 
 # ---------------------------------------------------------------- 入口
 
-EPOCHS = {"synth-objects": 5}  # 其余 20 轮
+EPOCHS = {"synth-objects": 5}  # 其余 18 轮
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -229,7 +229,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} 应小于 1：等于 1 就什么也学不到")
     args.image_size = args.image_size or 32
     synthetic = args.dataset == "synth-objects"
-    args.epochs = args.epochs or EPOCHS.get(args.dataset, 20)
+    args.epochs = args.epochs or EPOCHS.get(args.dataset, 18)
     args.stem_stride = args.stem_stride or usual_stem_stride(args.dataset)
     if args.against == "auto":
         args.against = (twin(args.model) if synthetic else None) or "none"
