@@ -83,7 +83,9 @@ def ablation_figure(scores: Mapping[str, Sequence[float]]) -> Figure:
     for row, values in enumerate(scores.values()):
         percent = 100 * np.array(values)
         axis.scatter(percent, [row] * len(percent), s=28, facecolors="none", edgecolors="C0")
-        axis.scatter(percent.mean(), row, s=60, color="C0" if percent.mean() >= base else "C3")
+        axis.scatter(
+            percent.mean(), row, s=60, color="C0" if percent.mean() >= base - 1e-9 else "C3"
+        )
     axis.set_yticks(range(len(scores)), list(scores))
     axis.invert_yaxis()
     axis.set_xlabel("validation accuracy (%)")
