@@ -206,7 +206,8 @@ def processes_part(args: argparse.Namespace) -> tuple[list[Result], dict[str, An
     """同样的全局批：一个进程（一个、两个线程）对两个进程（各一个线程）。"""
     work = (128, 256 if args.smoke else 4000, 2 if args.smoke else 4)
     found: dict[str, dict[str, Any]] = {}
-    for name in ("convnext", "resnet20"):
+    smooth, normed = ("convnext", "convnext" if args.smoke else "resnet20")
+    for name in dict.fromkeys((smooth, normed)):
         runs = found[name] = {
             "one process, one thread": run_isolated(train_steps, name, *work),
             "one process, two threads": run_isolated(train_steps, name, *work, threads=2),
@@ -228,9 +229,9 @@ def processes_part(args: argparse.Namespace) -> tuple[list[Result], dict[str, An
     other = Expectation("两个进程与一个的损失之差，有 BatchNorm", 1.0, (0.0, 0.2), learning=False)
     faster = Expectation("两个进程的吞吐量 ÷ 一个（各一线程）", 1.0, (1.2, 2.2), learning=False)
     return [
-        Result(same, apart("convnext")),
-        Result(other, apart("resnet20")),
-        Result(faster, ratio("resnet20")),
+        Result(same, apart(smooth)),
+        Result(other, apart(normed)),
+        Result(faster, ratio(normed)),
     ], {"processes": found}
 
 

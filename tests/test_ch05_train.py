@@ -199,6 +199,7 @@ def test_killed_at_a_random_moment_then_resumed(tmp_path: Path, tiny: None) -> N
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         cwd=REPO_ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # 与本进程相同，否则舍入不同
     )
     deadline = time.monotonic() + 100
     while not list(log.glob("checkpoints*/*.pt")) and time.monotonic() < deadline:
