@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
 import sys
 from collections.abc import Sequence
@@ -20,12 +19,17 @@ from typing import Any, NamedTuple
 if not __package__:  # 直接运行脚本时，把仓库根目录加入模块搜索路径
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from chapter_03_optimization_regularization.averaging import EMA, update_bn
+from chapter_03_optimization_regularization.averaging import EMA
 from chapter_03_optimization_regularization.schedulers import ConstantLR
 from chapter_05_resnet_modern_cnn.data import load_data
 from chapter_05_resnet_modern_cnn.figures import ablation_figure
 from chapter_05_resnet_modern_cnn.models import build_model, usual_stem_stride
-from chapter_05_resnet_modern_cnn.recipe import evaluate, make_optimizer, train_one_epoch
+from chapter_05_resnet_modern_cnn.recipe import (
+    evaluate,
+    make_optimizer,
+    refresh_statistics,
+    train_one_epoch,
+)
 from utils import (
     Expectation,
     Result,
@@ -43,7 +47,6 @@ from utils.distributed import run_parallel
 
 HERE = Path(__file__).resolve().parent
 DATASET, MODEL, BATCH = "synth-objects", "resnet20", 128
-BN_BATCHES = 20  # 权重平均之后，用多少批训练数据重算 BatchNorm 的统计量
 LIMIT = 256  # 张，--smoke 时每个划分的图数
 
 
@@ -91,8 +94,7 @@ def train(arm: Arm, epochs: int, seed: int, limit: int | None) -> float:
         extras = {"label_smoothing": arm.label_smoothing, "average": average}
         train_one_epoch(model, model, batches, optimizer, schedule, device, **extras)
     if average is not None:
-        update_bn(itertools.islice(data.batches("train", BATCH), BN_BATCHES), average.module)
-        model = average.module
+        model = refresh_statistics(average, data.batches("train", BATCH))
     return evaluate(model, data.evaluation("val", "cpu"), len(data.class_names), device).accuracy
 
 

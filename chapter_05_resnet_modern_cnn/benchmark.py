@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,8 @@ if not __package__:  # 直接运行脚本时，把仓库根目录加入模块搜
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from chapter_03_optimization_regularization.averaging import update_bn
-from chapter_05_resnet_modern_cnn import convnext, densenet, efficientnet, mobilenet, resnet
 from chapter_05_resnet_modern_cnn.data import load_data
-from chapter_05_resnet_modern_cnn.models import build_model
+from chapter_05_resnet_modern_cnn.models import OFFICIAL, build_model
 from chapter_05_resnet_modern_cnn.recipe import make_optimizer, train_one_epoch
 from utils import (
     Expectation,
@@ -53,24 +52,8 @@ from utils.timer import alternate, run_isolated, seconds_of
 HERE = Path(__file__).resolve().parent
 PARTS = ("parity", "speed", "processes")
 
-# 每个 ImageNet 形式由哪个文件构造；名字与 torchvision 相同
-OFFICIAL = {
-    resnet: (
-        "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d",
-        "wide_resnet50_2",
-    ),
-    densenet: ("densenet121", "densenet169", "densenet201"),
-    mobilenet: ("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large"),
-    efficientnet: (*(f"efficientnet_b{n}" for n in range(8)), "efficientnet_v2_s"),
-    convnext: ("convnext_tiny",),
-}  # fmt: skip
 TIMED = ("resnet18", "resnet50", "densenet121", "mobilenet_v2", "efficientnet_b0")
 SIZE = 224  # 像素
-
-
-def constructors() -> dict[str, Callable[[], nn.Module]]:
-    """名字 -> 我们的构造函数。"""
-    return {name: getattr(module, name) for module, names in OFFICIAL.items() for name in names}
 
 
 def pair(name: str, pixels: int, generator: torch.Generator) -> tuple[nn.Module, nn.Module]:
@@ -88,7 +71,7 @@ def pair(name: str, pixels: int, generator: torch.Generator) -> tuple[nn.Module,
     update_bn([batch(2, pixels, generator)], theirs)
     for drop, rate in zip(drops, rates, strict=True):
         drop.p = rate
-    ours = constructors()[name]()
+    ours = OFFICIAL[name]()
     ours.load_state_dict(theirs.state_dict())
     return ours, theirs
 
@@ -118,7 +101,7 @@ def parity_part(args: argparse.Namespace) -> tuple[list[Result], dict[str, Any]]
     generator = make_generator(args.seed)
     pixels = 64 if args.smoke else SIZE
     x, y = batch(2, pixels, generator)
-    names = TIMED[:1] if args.smoke else constructors()
+    names = TIMED[:1] if args.smoke else OFFICIAL
     rows = {}
     for name in tqdm(names, desc="相等", leave=False):
         models = [model.eval() for model in pair(name, pixels, generator)]

@@ -40,14 +40,13 @@ from chapter_05_resnet_modern_cnn.few_shot import (
     pixel_features,
     tabulate,
 )
-from chapter_05_resnet_modern_cnn.models import MODELS, usual_stem_stride
+from chapter_05_resnet_modern_cnn.models import MODELS, OFFICIAL, usual_stem_stride
+from chapter_05_resnet_modern_cnn.sources import DATASETS as SOURCES
 from chapter_05_resnet_modern_cnn.sources import (
-    BACKBONES,
     Source,
     imagenet_source,
     small_source,
 )
-from chapter_05_resnet_modern_cnn.sources import DATASETS as SOURCES
 from chapter_05_resnet_modern_cnn.transfer import extract, pca
 from utils import (
     Expectation,
@@ -81,7 +80,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--model", choices=list(MODELS), default="resnet20", help="小图的主干")
     add(
         "--backbone",
-        choices=list(BACKBONES),
+        choices=list(OFFICIAL),
         help="ImageNet 形式的主干，须同时给出 --weights；此时不用 --source 与 --model",
     )
     add(

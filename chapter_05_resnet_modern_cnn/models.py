@@ -1,7 +1,4 @@
-"""名字 -> 小图网络与它的训练配方：本章各个脚本与测试共用的一张表。
-
-ImageNet 形式见各自的文件，用来装官方权重、核对参数量与输出。
-"""
+"""名字 -> 网络：小图网络与它的训练配方，以及与 torchvision 同名的 ImageNet 形式，各一张表。"""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from chapter_05_resnet_modern_cnn import convnext, densenet, efficientnet, mobilenet, resnet
 from chapter_05_resnet_modern_cnn.convnext import convnext_cifar
 from chapter_05_resnet_modern_cnn.densenet import densenet_cifar
 from chapter_05_resnet_modern_cnn.efficientnet import efficientnet_cifar
@@ -49,8 +47,24 @@ MODELS: dict[str, Recipe] = {
     "mobilenet_v3": Recipe(mobilenet_v3_cifar),
     "efficientnet": Recipe(efficientnet_cifar),
     "repvgg": Recipe(repvgg_cifar),
-    # 轮数少，块从 0.1 而不是 1e-6 的份量起步，验证准确率高六个百分点（五轮）
+    # 轮数少：块从 0.1 而不是 1e-6 的份量起步
     "convnext": Recipe(partial(convnext_cifar, layer_scale=0.1), "adamw", 2e-3, 0.05),
+}
+
+
+# 每个 ImageNet 形式由哪个文件构造；名字与 torchvision 相同
+_FAMILIES = {
+    resnet: (
+        "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d",
+        "wide_resnet50_2",
+    ),
+    densenet: ("densenet121", "densenet169", "densenet201"),
+    mobilenet: ("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large"),
+    efficientnet: (*(f"efficientnet_b{n}" for n in range(8)), "efficientnet_v2_s"),
+    convnext: ("convnext_tiny",),
+}  # fmt: skip
+OFFICIAL: dict[str, Callable[..., nn.Module]] = {
+    name: getattr(module, name) for module, names in _FAMILIES.items() for name in names
 }
 
 

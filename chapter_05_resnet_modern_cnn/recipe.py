@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from chapter_03_optimization_regularization.averaging import EMA
+from chapter_03_optimization_regularization.averaging import EMA, update_bn
 from chapter_03_optimization_regularization.schedulers import WarmupCosineLR
 from chapter_05_resnet_modern_cnn.data import Data
 from chapter_05_resnet_modern_cnn.models import Recipe
@@ -22,6 +23,7 @@ from utils import TorchDevice, make_generator
 from utils.distributed import sum_over_processes
 
 Batches = Iterable[tuple[Tensor, Tensor]]
+BN_BATCHES = 20  # 权重平均之后，用多少批训练数据重算 BatchNorm 的统计量
 
 
 def make_optimizer(
@@ -108,6 +110,12 @@ def train_epochs(
     for _ in tqdm(range(epochs), desc="训练", unit="轮", leave=False, disable=quiet):
         train_one_epoch(model, model, batches, optimizer, schedule, device, **layout)
     return model
+
+
+def refresh_statistics(average: EMA, batches: Batches) -> nn.Module:
+    """用头 ``BN_BATCHES`` 批重算平均权重的 BatchNorm 统计量，返回这个网络；评估之前调用。"""
+    update_bn(itertools.islice(batches, BN_BATCHES), average.module)
+    return average.module
 
 
 class Score(NamedTuple):

@@ -6,24 +6,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from chapter_04_cnn_classic.weights import load_torchvision_weights
-from chapter_05_resnet_modern_cnn import (
-    convnext,
-    densenet,
-    efficientnet,
-    mobilenet,
-    mobilenet_v3,
-    resnet,
-)
 from chapter_05_resnet_modern_cnn.data import Data, load_data
+from chapter_05_resnet_modern_cnn.densenet import rename_old_keys
 from chapter_05_resnet_modern_cnn.few_shot import Inputs
-from chapter_05_resnet_modern_cnn.models import MODELS, build_model
+from chapter_05_resnet_modern_cnn.models import MODELS, OFFICIAL, build_model
 from chapter_05_resnet_modern_cnn.recipe import evaluate, train_epochs
 from chapter_05_resnet_modern_cnn.transfer import split_head
 from utils import TorchDevice, UserError, model_summary, set_seed
@@ -31,22 +23,6 @@ from utils import TorchDevice, UserError, model_summary, set_seed
 DATASETS = ("synth-objects", "cifar10")  # 小网络在哪里预训练
 EPOCHS, BATCH = 6, 128
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision 的约定
-# ImageNet 形式：名字 -> (构造函数, 旧权重文件的改名)；再加一种只添一行
-BACKBONES: dict[str, tuple[Callable[..., nn.Module], Callable | None]] = {
-    "resnet18": (resnet.resnet18, None),
-    "resnet34": (resnet.resnet34, None),
-    "resnet50": (resnet.resnet50, None),
-    "resnet101": (resnet.resnet101, None),
-    "resnext50_32x4d": (resnet.resnext50_32x4d, None),
-    "wide_resnet50_2": (resnet.wide_resnet50_2, None),
-    "densenet121": (densenet.densenet121, densenet.rename_old_keys),
-    "mobilenet_v2": (mobilenet.mobilenet_v2, None),
-    "mobilenet_v3_small": (mobilenet_v3.mobilenet_v3_small, None),
-    "mobilenet_v3_large": (mobilenet_v3.mobilenet_v3_large, None),
-    "efficientnet_b0": (efficientnet.efficientnet_b0, None),
-    "efficientnet_v2_s": (efficientnet.efficientnet_v2_s, None),
-    "convnext_tiny": (convnext.convnext_tiny, None),
-}
 
 
 class Source(NamedTuple):
@@ -66,7 +42,8 @@ def imagenet_source(args: argparse.Namespace, device: TorchDevice) -> Source:
     异常:
         UserError: 权重不属于这个网络，或图太小。
     """
-    make, rename = BACKBONES[args.backbone]
+    make = OFFICIAL[args.backbone]
+    rename = rename_old_keys if args.backbone.startswith("densenet") else None
     set_seed(args.seed)
     random, channels = split_head(make())
     model = load_torchvision_weights(make(), args.weights, rename)

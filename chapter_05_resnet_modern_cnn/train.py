@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import itertools
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -27,11 +26,16 @@ from tqdm import tqdm
 if not __package__:  # 直接运行脚本时，把仓库根目录加入模块搜索路径
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from chapter_03_optimization_regularization.averaging import EMA, update_bn
+from chapter_03_optimization_regularization.averaging import EMA
 from chapter_05_resnet_modern_cnn import figures
 from chapter_05_resnet_modern_cnn.data import DATASETS, Data, load_data
 from chapter_05_resnet_modern_cnn.models import MODELS, build_model, twin, usual_stem_stride
-from chapter_05_resnet_modern_cnn.recipe import evaluate, make_optimizer, train_one_epoch
+from chapter_05_resnet_modern_cnn.recipe import (
+    evaluate,
+    make_optimizer,
+    refresh_statistics,
+    train_one_epoch,
+)
 from utils import (
     Expectation,
     Result,
@@ -59,7 +63,6 @@ from utils.resume import TrainingState
 
 HERE = Path(__file__).resolve().parent
 LONG_TABLE = 40  # 行，更长的模型摘要只印到块
-BN_BATCHES = 20  # 权重平均之后，用多少批训练数据重算 BatchNorm 的统计量
 # 每次前向之前是否把 0 号的缓冲区发给大家；这个参数新旧版本的名字不同
 SYNC_BUFFERS = (
     "forward_sync_buffers"
@@ -126,7 +129,7 @@ def fit(
                 label_smoothing=args.label_smoothing, average=average, **options,
             )  # fmt: skip
             if average is not None:
-                update_bn(itertools.islice(still, BN_BATCHES), average.module)
+                refresh_statistics(average, still)
             average_buffers(scored)
             score = evaluate(scored, val, classes, device, **options)
             row = {

@@ -32,9 +32,8 @@ from chapter_05_resnet_modern_cnn.figures_features import (
     cam_figure,
     projection_figure,
 )
-from chapter_05_resnet_modern_cnn.models import MODELS, build_model
+from chapter_05_resnet_modern_cnn.models import MODELS, OFFICIAL, build_model
 from chapter_05_resnet_modern_cnn.resnet_cifar import CifarResNet
-from chapter_05_resnet_modern_cnn.sources import BACKBONES
 from chapter_05_resnet_modern_cnn.transfer import (
     attach_head,
     extract,
@@ -98,7 +97,7 @@ def test_every_small_network_has_a_head() -> None:
 
 
 def test_every_official_form_is_reachable() -> None:
-    for name, (make, _) in BACKBONES.items():
+    for name, make in OFFICIAL.items():
         with torch.device("meta"):
             head = head_of(make())[1]
         assert head.out_features == 1000, name
