@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 if not __package__:  # 直接运行脚本时，把仓库根目录加入模块搜索路径
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -120,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """训练、比较、画图；返回写进 ``metrics.json`` 的内容。"""
     args = parse_args(argv)
     out_dir = prepare_out_dir(args.out_dir)
+    torch.set_num_threads(1)  # 与各个任务相同，账本如实记录
     limit = LIMIT if args.smoke else None
     seeds = range(args.seed, args.seed + args.seeds)
     scores: dict[str, list[float]] = {}

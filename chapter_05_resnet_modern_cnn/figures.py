@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from utils.plot import confusion_matrix, new_figure, plot_curves
 
@@ -36,6 +37,8 @@ def history_figure(runs: Mapping[str, Mapping[str, Any]], chance: float) -> Figu
         title="validation error",
         references={"chance": 100 * (1 - chance)},
     )
+    for axis in axes[0]:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
