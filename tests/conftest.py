@@ -9,8 +9,9 @@ import os
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,6 +78,31 @@ def run_script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
         return run_python(script, *args, cwd=cwd or tmp_path, **options)
 
     return run
+
+
+# ---------------------------------------------------------------- 入口脚本的烟雾运行
+
+
+@pytest.fixture(scope="session", autouse=True)
+def runs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[Any, Any]]:
+    """本次选中的全部烟雾运行，从第一个测试起就在后台进行：``运行 -> Future``。"""
+    from tests.smoke import Case, all_cases, in_background
+
+    selected = {
+        case
+        for item in request.session.items
+        if isinstance(
+            case := getattr(getattr(item, "callspec", None), "params", {}).get("case"), Case
+        )
+    }
+    if not selected:
+        yield {}
+        return
+    chosen = [case for case in all_cases() if case in selected]
+    with in_background(chosen, tmp_path_factory.mktemp("smoke")) as futures:
+        yield futures
 
 
 # ---------------------------------------------------------------- 真实格式的小数据集
